@@ -1,0 +1,1 @@
+"""Alignment: rollouts and rewards become batches for the same training loop."""

@@ -1,0 +1,1 @@
+"""Compression: model -> smaller model."""

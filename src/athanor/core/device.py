@@ -1,0 +1,144 @@
+"""Devices, precision, seeds, and what this machine is."""
+
+from __future__ import annotations
+
+import os
+import platform
+import random
+import resource
+import sys
+from collections.abc import Mapping
+from contextlib import AbstractContextManager, nullcontext
+from pathlib import Path
+from typing import TYPE_CHECKING, Any, Literal
+
+from athanor.core.errors import CheckpointError, ConfigError
+
+if TYPE_CHECKING:
+    import torch
+
+Precision = Literal["fp32", "bf16"]
+_RNG_KEYS = ("torch", "python", "python_gauss", "numpy", "numpy_gauss")
+
+
+def default_device() -> torch.device:
+    """The first CUDA device where there is one, else the CPU."""
+    import torch
+
+    return torch.device("cuda" if torch.cuda.is_available() else "cpu")
+
+
+def seed_all(seed: int) -> None:
+    """Seed the global generators of Python, NumPy and torch (all devices)."""
+    import numpy as np
+    import torch
+
+    random.seed(seed)
+    np.random.seed(seed % 2**32)  # NumPy takes 32 bits
+    torch.manual_seed(seed)
+
+
+def rng_state() -> dict[str, Any]:
+    """State of the global generators of Python, NumPy and torch, all as tensors (so that a safetensors file can hold it).
+
+    Keys: torch, python, python_gauss, numpy, numpy_gauss, and cuda.0, cuda.1 ... where there are such devices.
+    """
+    import numpy as np
+    import torch
+
+    _, words, gauss = random.getstate()
+    numpy_state = np.random.get_state(legacy=False)
+    inner = numpy_state["state"]
+    state = {
+        "torch": torch.get_rng_state(),
+        "python": torch.tensor(words, dtype=torch.int64),
+        "python_gauss": torch.tensor([] if gauss is None else [gauss], dtype=torch.float64),
+        "numpy": torch.tensor([*inner["key"].tolist(), inner["pos"], numpy_state["has_gauss"]], dtype=torch.int64),
+        "numpy_gauss": torch.tensor([numpy_state["gauss"]], dtype=torch.float64),
+    }
+    if torch.cuda.is_available():
+        state |= {f"cuda.{i}": s for i, s in enumerate(torch.cuda.get_rng_state_all())}
+    return state
+
+
+def set_rng_state(state: Mapping[str, Any]) -> None:
+    """Set the generators to a state of `rng_state`. States of CUDA devices that this machine lacks have nothing to be set on.
+
+    Raises CheckpointError when `state` is not such a state.
+    """
+    import numpy as np
+    import torch
+
+    missing = [key for key in _RNG_KEYS if key not in state]
+    if missing:
+        raise CheckpointError(f"random state lacks {', '.join(missing)}: it was not written by this version; start afresh")
+    try:
+        torch.set_rng_state(state["torch"].cpu())
+        gauss = state["python_gauss"].tolist()
+        random.setstate((3, tuple(state["python"].tolist()), gauss[0] if gauss else None))
+        *key, position, has_gauss = state["numpy"].tolist()
+        np.random.set_state(("MT19937", np.array(key, dtype=np.uint32), position, has_gauss, state["numpy_gauss"].item()))
+        for i in range(torch.cuda.device_count()):
+            if f"cuda.{i}" in state:
+                torch.cuda.set_rng_state(state[f"cuda.{i}"].cpu(), i)
+    except (AttributeError, IndexError, RuntimeError, TypeError, ValueError) as error:
+        raise CheckpointError(f"random state is damaged ({error}): start from another checkpoint") from error
+
+
+def supports_bf16(device: torch.device) -> bool:
+    """Whether the device computes in bfloat16 natively. On a CPU that is AVX512-BF16 or AMX; without, bfloat16 is slower."""
+    import torch
+
+    if device.type == "cuda":
+        return torch.cuda.is_bf16_supported(including_emulation=False)
+    if device.type != "cpu":
+        return False
+    # Private names, the only ones there are in torch 2.11..2.13; absent ones mean a CPU of another family.
+    checks = ("_is_avx512_bf16_supported", "_is_amx_tile_supported")
+    return any(getattr(torch.cpu, name, bool)() for name in checks)
+
+
+def autocast(device: torch.device, precision: Precision) -> AbstractContextManager[Any]:
+    """Context in which matrix products run in `precision`; weights keep theirs. Raises ConfigError for an unknown one."""
+    import torch
+
+    if precision == "fp32":
+        return nullcontext()
+    if precision == "bf16":
+        return torch.autocast(device.type, dtype=torch.bfloat16)
+    raise ConfigError(f"precision is {precision!r} but must be 'fp32' or 'bf16': choose one of them")
+
+
+def _cpu_model() -> str:
+    try:
+        lines = Path("/proc/cpuinfo").read_text().splitlines()
+    except OSError:
+        lines = []
+    named = [line.partition(":")[2].strip() for line in lines if line.startswith("model name")]
+    return named[0] if named else platform.processor() or platform.machine()
+
+
+def machine() -> dict[str, Any]:
+    """What a measurement was made on: cpu, cores (usable by this process), threads (torch's), memory (bytes), versions, gpu."""
+    import torch
+
+    import athanor
+
+    cores = len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count()
+    return {
+        "cpu": _cpu_model(),
+        "cores": cores,
+        "threads": torch.get_num_threads(),
+        "memory": os.sysconf("SC_PAGE_SIZE") * os.sysconf("SC_PHYS_PAGES"),
+        "platform": platform.platform(),
+        "python": platform.python_version(),
+        "torch": str(torch.__version__),
+        "athanor": athanor.__version__,
+        "gpu": torch.cuda.get_device_name(0) if torch.cuda.is_available() else None,
+    }
+
+
+def peak_memory() -> int:
+    """The most memory this process has had resident so far, bytes."""
+    peak = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss
+    return peak if sys.platform == "darwin" else peak * 1024  # Linux counts in KiB

@@ -1,0 +1,108 @@
+"""From tokens to batches: sequences laid end to end, never padded, labels already shifted.
+
+Every function of a step is pure: the same arguments give the same batch, so a resumed run sees the data it would have seen.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Iterable, Sequence
+from typing import Protocol
+
+import numpy as np
+import torch
+
+from athanor.core.errors import ConfigError, DataError
+from athanor.data.shards import TokenShard
+from athanor.types import IGNORE, Batch
+
+
+class Tokens(Protocol):
+    """What is packed: ids and which of them are learned (`tokenizer.chat.Rendered` is one)."""
+
+    @property
+    def ids(self) -> Sequence[int]: ...
+    @property
+    def loss_mask(self) -> Sequence[bool]: ...
+
+
+def pack(sequences: Iterable[Tokens], origin: str = "") -> Batch:
+    """One batch of whole sequences. Position i predicts token i + 1 of its own sequence where loss_mask[i + 1] is set.
+
+    Raises DataError when there is no sequence, or one with fewer than two tokens.
+    """
+    ids: list[int] = []
+    labels: list[int] = []
+    lengths: list[int] = []
+    for n, s in enumerate(sequences):
+        if len(s.ids) < 2:
+            raise DataError(f"sequence {n} of batch {origin!r} has {len(s.ids)} tokens: it takes 2 to predict one from another")
+        ids += s.ids[:-1]
+        labels += [token if learned else IGNORE for token, learned in zip(s.ids[1:], s.loss_mask[1:], strict=True)]
+        lengths.append(len(s.ids) - 1)
+    if not lengths:
+        raise DataError(f"batch {origin!r} has no sequences: give at least one")
+    return Batch(torch.tensor(ids), torch.tensor(labels), torch.tensor(lengths), origin=origin)
+
+
+def join(batches: Sequence[Batch]) -> Batch:
+    """Several batches as one; extras that not all of them have are refused by assertion."""
+    assert all(b.extras.keys() == batches[0].extras.keys() for b in batches)
+    return Batch(
+        ids=torch.cat([b.ids for b in batches]),
+        labels=torch.cat([b.labels for b in batches]),
+        lengths=torch.cat([b.lengths for b in batches]),
+        extras={k: torch.cat([b.extras[k] for b in batches]) for k in batches[0].extras},
+        origin=" + ".join(b.origin for b in batches),
+    )
+
+
+class Rows:
+    """A token shard cut into rows of one length, in an order shuffled anew each epoch.
+
+    Documents that meet in a row stay apart: attention does not cross them and no label does.
+
+    Args:
+        shard: tokens, each document `<|bos|>` ... `<|end|>`.
+        length: tokens of a row.
+        seed: of the order.
+
+    Raises:
+        ConfigError: the shard is shorter than one row.
+    """
+
+    def __init__(self, shard: TokenShard, length: int, seed: int) -> None:
+        self.length, self.seed = length, seed
+        self._tokens, self._starts = shard.tokens, shard.starts
+        self.count = (len(shard.tokens) - 1) // length
+        if self.count < 1:
+            raise ConfigError(f"row length ({length}) must be below the {len(shard.tokens)} tokens of the shard: lower it")
+        self._epoch, self._order = -1, np.empty(0, dtype=np.int64)
+
+    def batch(self, first: int, count: int) -> Batch:
+        """Rows `first` .. `first` + `count` - 1 of the endless shuffled order."""
+        return self._rows([self._at(i) for i in range(first, first + count)], f"rows {first}..{first + count - 1}")
+
+    def _at(self, i: int) -> int:
+        epoch, offset = divmod(i, self.count)
+        if epoch != self._epoch:
+            self._order = np.random.default_rng([self.seed, epoch]).permutation(self.count)
+            self._epoch = epoch
+        return int(self._order[offset])
+
+    def _rows(self, rows: Sequence[int], origin: str) -> Batch:
+        ids = np.empty((len(rows), self.length), dtype=np.int64)
+        labels = np.empty_like(ids)
+        lengths: list[int] = []
+        for n, row in enumerate(rows):
+            start = row * self.length
+            window = self._tokens[start : start + self.length + 1]
+            ids[n], labels[n] = window[:-1], window[1:]
+            # Document starts inside the row; the position before one has no label, since the next document is unforeseeable.
+            low, high = np.searchsorted(self._starts, (start + 1, start + self.length + 1))
+            borders = self._starts[low:high] - start
+            labels[n, borders - 1] = IGNORE
+            edges = [0, *borders[borders < self.length].tolist(), self.length]
+            lengths += np.diff(edges).tolist()
+        return Batch(
+            torch.from_numpy(ids.reshape(-1)), torch.from_numpy(labels.reshape(-1)), torch.tensor(lengths), origin=origin
+        )

@@ -1,0 +1,23 @@
+"""Name the largest of several two-digit numbers: the largest ten, then the largest of its ones."""
+
+from __future__ import annotations
+
+import random
+
+from athanor.evals.skill import Problem
+
+
+def problem(rng: random.Random) -> Problem:
+    numbers = rng.sample(range(10, 100), rng.randint(4, 5))
+    shown = ",".join(map(str, numbers))
+    tens = max(numbers) // 10
+    ones = "".join(str(n % 10) for n in numbers if n // 10 == tens)
+    return Problem(
+        key=",".join(map(str, sorted(numbers))),
+        question={
+            "en": (f"What is the largest of {shown}?", f"Find the maximum: {shown}"),
+            "zh": (f"{shown}中最大的是多少？", f"找出最大的数：{shown}"),
+        },
+        reasoning=f"{tens}:{ones}",
+        answer=str(max(numbers)),
+    )

@@ -1,0 +1,25 @@
+"""Remove every occurrence of a letter from a string: number the letters, strike those out, read what is left."""
+
+from __future__ import annotations
+
+import random
+from string import ascii_lowercase
+
+from athanor.evals.skill import Problem
+
+
+def problem(rng: random.Random) -> Problem:
+    target, *others = rng.sample(ascii_lowercase, rng.randint(4, 6))
+    letters = others
+    for _ in range(rng.randint(1, 3)):
+        letters.insert(rng.randint(0, len(letters)), target)
+    shown = " ".join(letters)
+    return Problem(
+        key=f"{target} from {''.join(letters)}",
+        question={
+            "en": (f"Remove every {target} from {shown}.", f"Delete all {target} in {shown}."),
+            "zh": (f"从 {shown} 中删去所有 {target} 。", f"去掉每个 {target} ： {shown}"),
+        },
+        reasoning="".join(f"{i}{'_' if letter == target else letter}" for i, letter in enumerate(letters, 1)),
+        answer=" ".join(letter for letter in letters if letter != target),
+    )

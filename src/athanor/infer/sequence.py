@@ -1,0 +1,59 @@
+"""One request while it is being answered."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass, field
+
+from athanor.tokenizer.stream import StreamDecoder
+from athanor.types import Completion, FinishReason, Request
+
+
+@dataclass(eq=False)
+class Sequence:
+    """A request, the tokens made so far and the text decoder that follows them."""
+
+    request: Request
+    decoder: StreamDecoder
+    ids: list[int] = field(default_factory=list)
+    logprobs: list[float] = field(default_factory=list)
+    content: str = ""
+    reasoning: str = ""
+    finish_reason: FinishReason | None = None
+
+    @property
+    def length(self) -> int:
+        """Tokens of prompt and answer."""
+        return len(self.request.prompt_ids) + len(self.ids)
+
+    def append(self, token: int, logprob: float, end_id: int, max_len: int) -> None:
+        """Take one new token and see whether the answer ends with it."""
+        self.ids.append(token)
+        self.logprobs.append(logprob)
+        self.decoder.push(token)
+        if token == end_id or self.decoder.stopped:
+            self.finish_reason = "stop"
+        elif len(self.ids) >= self.request.params.max_tokens or self.length >= max_len:
+            self.finish_reason = "length"
+
+    def take(self) -> tuple[str, str]:
+        """New content and reasoning since the last take; everything that is held back too once finished."""
+        content, reasoning = self.decoder.take()
+        if self.finish_reason:
+            rest = self.decoder.finish()
+            content, reasoning = content + rest[0], reasoning + rest[1]
+        self.content += content
+        self.reasoning += reasoning
+        return content, reasoning
+
+    def completion(self, think_id: int) -> Completion:
+        """The finished answer; every piece of text must have been taken."""
+        assert self.finish_reason is not None
+        return Completion(
+            request_id=self.request.id,
+            prompt_ids=self.request.prompt_ids,
+            ids=tuple(self.ids),
+            logprobs=tuple(self.logprobs),
+            text=self.content,
+            reasoning=self.reasoning if think_id in self.ids else None,
+            finish_reason=self.finish_reason,
+        )

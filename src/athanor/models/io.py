@@ -1,0 +1,109 @@
+"""Models in and out: Hugging Face style folders (config.json, model.safetensors), strict in both directions."""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Mapping
+from pathlib import Path
+from typing import Any
+
+import torch
+from torch import Tensor
+
+from athanor.core import io, plugins
+from athanor.core.errors import CheckpointError, PluginError
+from athanor.models.base import CausalLM
+
+WEIGHTS = "model.safetensors"
+_SHOWN = 6  # names listed in an error before it says how many more there are
+
+
+def build(model_type: str, config: Any, *, seed: int | None = None) -> CausalLM:
+    """A model of the architecture `model_type`; with `seed` its weights are initialised, without they are on no device yet."""
+    module = plugins.require("models", model_type, "Model", "Config")
+    if seed is None:
+        with torch.device("meta"):
+            model: CausalLM = module.Model(config)
+        return model
+    model = module.Model(config)
+    model.initialise(torch.Generator().manual_seed(seed))
+    return model
+
+
+def save(model: CausalLM, folder: Path, extra: Mapping[str, Any] | None = None) -> None:
+    """Write config.json and model.safetensors into `folder`, in Hugging Face's names; `extra` joins config.json."""
+    tensors = {k: v.contiguous() for k, v in model.to_hf(dict(model.state_dict())).items()}
+    dtype = str(next(iter(tensors.values())).dtype).removeprefix("torch.")
+    io.save_tensors(folder / WEIGHTS, tensors, {"format": "pt"})
+    io.write_json(folder / "config.json", model.config.to_hf() | {"dtype": dtype} | dict(extra or {}))
+
+
+def read_config(folder: Path) -> dict[str, Any]:
+    """The fields of config.json. Raises CheckpointError when there is none or it names no model type."""
+    fields = io.read_json(folder / "config.json")
+    if not isinstance(fields, dict) or not isinstance(fields.get("model_type"), str):
+        raise CheckpointError(f"{folder}/config.json has no 'model_type': it is not the config of a model")
+    return fields
+
+
+def load(folder: Path, prepare: Callable[[CausalLM, dict[str, Any]], None] | None = None) -> CausalLM:
+    """The model in `folder`.
+
+    Args:
+        folder: with config.json and model.safetensors.
+        prepare: called with the model (no weights yet) and the config fields, to exchange modules before weights are read.
+
+    Raises:
+        CheckpointError: damaged files; tensors missing, unexpected, misshaped (each is listed); an unknown architecture.
+    """
+    fields = read_config(folder)
+    try:
+        module = plugins.require("models", fields["model_type"], "Model", "Config")
+    except PluginError as error:
+        raise CheckpointError(f"{folder}/config.json: {error}") from error
+    model = build(fields["model_type"], module.Config.from_hf(fields))
+    if prepare:
+        prepare(model, fields)
+    tensors = io.load_tensors(folder / WEIGHTS)
+    _check(tensors, model, folder)
+    model.load_state_dict(model.from_hf(tensors), assign=True)
+    _materialise(model)
+    return model.eval()
+
+
+def _check(tensors: Mapping[str, Tensor], model: CausalLM, folder: Path) -> None:
+    expected = {k: v.shape for k, v in model.to_hf(dict(model.state_dict())).items()}
+    problems = []
+    missing = sorted(expected.keys() - tensors.keys())
+    if missing:
+        problems.append("missing: " + _listed(missing))
+    unexpected = sorted(tensors.keys() - expected.keys())
+    if unexpected:
+        problems.append("unexpected: " + _listed(unexpected))
+    misshaped = [
+        f"{k} is {tuple(tensors[k].shape)} and must be {tuple(expected[k])}"
+        for k in sorted(expected.keys() & tensors.keys())
+        if tensors[k].shape != expected[k]
+    ]
+    if misshaped:
+        problems.append("misshaped: " + _listed(misshaped))
+    if problems:
+        raise CheckpointError(
+            f"{folder / WEIGHTS} does not fit {folder / 'config.json'}: {'; '.join(problems)}."
+            " Use the two files that were saved together."
+        )
+
+
+def _listed(names: list[str]) -> str:
+    more = len(names) - _SHOWN
+    return ", ".join(names[:_SHOWN]) + (f" and {more} more" if more > 0 else "")
+
+
+def _materialise(model: CausalLM) -> None:
+    """Compute the buffers that no file holds (rotary tables): they were built without a device."""
+    config = model.config
+    fresh = type(model)(config)  # type: ignore[call-arg]  # every architecture is built from its config alone
+    buffers = dict(fresh.named_buffers())
+    for name, buffer in model.named_buffers():
+        if buffer.is_meta:
+            parent, _, leaf = name.rpartition(".")
+            setattr(model.get_submodule(parent), leaf, buffers[name])

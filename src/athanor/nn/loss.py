@@ -1,0 +1,129 @@
+"""Losses over a vocabulary that never hold all logits at once. Legend: N tokens, D width, V vocabulary."""
+
+from __future__ import annotations
+
+from typing import Any
+
+import torch
+from torch import Tensor
+
+from athanor.nn.norms import compute_dtype
+
+_CHUNK_ELEMENTS = 1 << 22  # logits in flight: 16 MiB of float32, small enough to stay near the cache
+
+
+def _chunk_rows(vocab: int) -> int:
+    return max(128, _CHUNK_ELEMENTS // vocab)
+
+
+class _LinearCrossEntropy(torch.autograd.Function):
+    """The gradient is formed beside the loss, chunk by chunk, so logits are computed once and freed at once."""
+
+    @staticmethod
+    def forward(ctx: Any, hidden: Tensor, weight: Tensor, targets: Tensor, dtype: torch.dtype) -> tuple[Tensor, Tensor]:
+        need = hidden.requires_grad or weight.requires_grad
+        w = weight.to(dtype)
+        total = torch.zeros((), dtype=torch.float64, device=hidden.device)
+        correct = torch.zeros((), dtype=torch.int64, device=hidden.device)
+        d_hidden = torch.empty_like(hidden) if need else None
+        d_weight = torch.zeros_like(weight, dtype=torch.float32) if need else None
+        rows = _chunk_rows(weight.shape[0])
+        for start in range(0, hidden.shape[0], rows):
+            at = slice(start, start + rows)
+            h, y = hidden[at].to(dtype), targets[at, None]
+            logits = torch.mm(h, w.t()).float()
+            top, guess = logits.max(dim=1, keepdim=True)
+            correct += (guess == y).sum()
+            picked = logits.gather(1, y)
+            probs = logits.sub_(top).exp_()
+            norm = probs.sum(dim=1, keepdim=True)
+            total += (norm.log() + top - picked).sum(dtype=torch.float64)
+            if d_hidden is not None and d_weight is not None:
+                probs.div_(norm).scatter_add_(1, y, torch.full_like(norm, -1.0))
+                grad = probs.to(dtype)
+                d_hidden[at] = torch.mm(grad, w)
+                d_weight += torch.mm(grad.t(), h)
+        ctx.save_for_backward(d_hidden, d_weight)
+        ctx.dtype = weight.dtype
+        ctx.mark_non_differentiable(correct)
+        return total.float(), correct
+
+    @staticmethod
+    def backward(ctx: Any, *grads: Tensor) -> tuple[Tensor | None, ...]:
+        d_hidden, d_weight = ctx.saved_tensors
+        return d_hidden * grads[0].to(d_hidden.dtype), (d_weight * grads[0]).to(ctx.dtype), None, None
+
+
+def linear_cross_entropy(hidden: Tensor, weight: Tensor, targets: Tensor) -> tuple[Tensor, Tensor]:
+    """Sum over N of -log softmax(hidden weight^T)[target], and how many targets were the most probable token.
+
+    Args:
+        hidden: (N, D).
+        weight: (V, D) output embedding.
+        targets: (N,) int64 in [0, V).
+
+    Returns:
+        loss sum (float32 scalar, nats) and correct count (int64 scalar).
+    """
+    loss, correct = _LinearCrossEntropy.apply(hidden, weight, targets, compute_dtype(hidden))
+    return loss, correct
+
+
+class _TokenLogProbs(torch.autograd.Function):
+    """Logits are computed again in the backward pass: two chunks in flight instead of N x V."""
+
+    @staticmethod
+    def forward(
+        ctx: Any, hidden: Tensor, weight: Tensor, targets: Tensor, scale: Tensor, dtype: torch.dtype
+    ) -> tuple[Tensor, Tensor]:
+        w = weight.to(dtype)
+        logprobs = torch.empty(hidden.shape[0], dtype=torch.float32, device=hidden.device)
+        entropy = torch.empty_like(logprobs)
+        norms = torch.empty_like(logprobs)
+        rows = _chunk_rows(weight.shape[0])
+        for start in range(0, hidden.shape[0], rows):
+            at = slice(start, start + rows)
+            logits = torch.mm(hidden[at].to(dtype), w.t()).float().mul_(scale[at, None])
+            norm = torch.logsumexp(logits, dim=1, keepdim=True)
+            norms[at] = norm.squeeze(1)
+            logprobs[at] = (logits.gather(1, targets[at, None]) - norm).squeeze(1)
+            logits.sub_(norm)
+            entropy[at] = -(logits.exp() * logits).sum(1)
+        ctx.save_for_backward(hidden, weight, targets, scale, norms)
+        ctx.dtype = dtype
+        ctx.mark_non_differentiable(entropy)
+        return logprobs, entropy
+
+    @staticmethod
+    def backward(ctx: Any, *grads: Tensor) -> tuple[Tensor | None, ...]:
+        hidden, weight, targets, scale, norms = ctx.saved_tensors
+        dtype, upstream = ctx.dtype, grads[0]
+        w = weight.to(dtype)
+        d_hidden = torch.empty_like(hidden)
+        d_weight = torch.zeros_like(weight, dtype=torch.float32)
+        rows = _chunk_rows(weight.shape[0])
+        for start in range(0, hidden.shape[0], rows):
+            at = slice(start, start + rows)
+            h = hidden[at].to(dtype)
+            factor = (upstream[at] * scale[at])[:, None]
+            probs = torch.mm(h, w.t()).float().mul_(scale[at, None]).sub_(norms[at, None]).exp_()
+            grad = probs.mul_(-factor).scatter_add_(1, targets[at, None], factor).to(dtype)
+            d_hidden[at] = torch.mm(grad, w)
+            d_weight += torch.mm(grad.t(), h)
+        return d_hidden, d_weight.to(weight.dtype), None, None, None
+
+
+def token_logprobs(hidden: Tensor, weight: Tensor, targets: Tensor, temperature: Tensor) -> tuple[Tensor, Tensor]:
+    """log softmax(hidden weight^T / temperature)[target] per token, and the entropy of that distribution (no gradient).
+
+    Args:
+        hidden: (N, D).
+        weight: (V, D).
+        targets: (N,) int64.
+        temperature: (N,) float32, positive.
+
+    Returns:
+        logprobs (N,) and entropy (N,), float32, nats.
+    """
+    logprobs, entropy = _TokenLogProbs.apply(hidden, weight, targets, temperature.reciprocal(), compute_dtype(hidden))
+    return logprobs, entropy

@@ -1,0 +1,1 @@
+"""Objectives, one file each: `loss(model, batch) -> (sum, count, metrics)`."""

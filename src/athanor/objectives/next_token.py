@@ -1,0 +1,33 @@
+"""Next-token prediction: the negative log-likelihood of every supervised token."""
+
+from __future__ import annotations
+
+from torch import Tensor
+
+from athanor.core.errors import NoTargetsError
+from athanor.models.base import CausalLM
+from athanor.nn.context import Packed
+from athanor.nn.loss import linear_cross_entropy
+from athanor.types import IGNORE, Batch
+
+
+def loss(model: CausalLM, batch: Batch) -> tuple[Tensor, int, dict[str, Tensor]]:
+    """Sum over supervised positions of -log p(label | what came before it in its own sequence), in nats.
+
+    Returns:
+        (sum, count, metrics): `correct` in metrics is how many labels were the model's first choice.
+
+    Raises:
+        NoTargetsError: nothing in the batch is supervised.
+    """
+    at = (batch.labels != IGNORE).nonzero().squeeze(1)
+    if at.numel() == 0:
+        raise NoTargetsError(
+            f"batch {batch.origin!r}: all {batch.labels.numel()} labels are masked, so there is nothing to learn from it;"
+            " check that its conversations have an assistant turn that was not cut off"
+        )
+    hidden = model.hidden(batch.ids.unsqueeze(0), Packed(batch.lengths)).squeeze(0)
+    if at.numel() < batch.labels.numel():
+        hidden = hidden.index_select(0, at)
+    total, correct = linear_cross_entropy(hidden, model.output_weight, batch.labels[at])
+    return total, at.numel(), {"correct": correct}

@@ -1,0 +1,81 @@
+"""Muon (Jordan et al. 2024): momentum whose matrix is orthogonalised before it is applied."""
+
+from __future__ import annotations
+
+from collections import defaultdict
+from collections.abc import Callable, Iterable
+from typing import Any
+
+import torch
+from torch import Tensor
+
+# Quintic whose iteration drives every singular value into [0.7, 1.2] (Jordan et al. 2024).
+_A, _B, _C = 3.4445, -4.7750, 2.0315
+
+
+def orthogonalise(matrices: Tensor, dtype: torch.dtype, steps: int = 5) -> Tensor:
+    """Nearly the orthogonal polar factor of each matrix: (N, rows, cols) -> the same, by Newton-Schulz iteration.
+
+    X <- a X + (b X X^T + c (X X^T)^2) X, from X = G / |G|.
+    """
+    x = matrices.to(dtype)
+    tall = x.shape[1] > x.shape[2]
+    if tall:
+        x = x.transpose(1, 2)  # the products are of the smaller side
+    x = x / (torch.linalg.matrix_norm(x, keepdim=True) + 1e-7)
+    for _ in range(steps):
+        gram = torch.bmm(x, x.transpose(1, 2))
+        poly = torch.baddbmm(gram, gram, gram, beta=_B, alpha=_C)
+        x = torch.baddbmm(x, poly, x, beta=_A)
+    return (x.transpose(1, 2) if tall else x).to(matrices.dtype)
+
+
+class Muon(torch.optim.Optimizer):
+    """For matrices of hidden layers; embeddings, norms and outputs belong to AdamW.
+
+    m <- momentum m + g;  u = orthogonalise(g + momentum m);  w <- w (1 - lr decay) - lr 0.2 sqrt(max(rows, cols)) u.
+
+    The factor gives updates the root mean square of AdamW's (Liu et al. 2025), so that both take one learning rate.
+    Matrices of one shape are orthogonalised together, which is what makes it cheap for small models.
+
+    Args:
+        parameters: matrices.
+        lr: learning rate.
+        momentum: Nesterov momentum.
+        weight_decay: decoupled decay.
+        dtype: precision of the orthogonalisation.
+    """
+
+    def __init__(
+        self,
+        parameters: Iterable[Tensor],
+        lr: float,
+        momentum: float = 0.95,
+        weight_decay: float = 0.0,
+        dtype: torch.dtype = torch.float32,
+    ) -> None:
+        super().__init__(parameters, {"lr": lr, "momentum": momentum, "weight_decay": weight_decay})
+        self.dtype = dtype
+
+    @torch.no_grad()
+    def step(self, closure: Callable[[], float] | None = None) -> float | None:  # type: ignore[override]  # no overloads needed
+        """One update of all parameters that have a gradient."""
+        loss = None if closure is None else closure()
+        for group in self.param_groups:
+            by_shape: dict[Any, list[Tensor]] = defaultdict(list)
+            for p in group["params"]:
+                if p.grad is not None:
+                    by_shape[p.shape].append(p)
+            for shape, params in by_shape.items():
+                self._update(params, max(shape), group)
+        return loss
+
+    def _update(self, params: list[Tensor], longest: int, group: dict[str, Any]) -> None:
+        grads: list[Tensor] = [p.grad for p in params if p.grad is not None]
+        buffers = [self.state[p].setdefault("momentum", torch.zeros_like(p)) for p in params]
+        torch._foreach_mul_(buffers, group["momentum"])
+        torch._foreach_add_(buffers, grads)
+        nesterov = torch._foreach_add(grads, buffers, alpha=group["momentum"])
+        updates = orthogonalise(torch.stack(nesterov), self.dtype).unbind(0)
+        torch._foreach_mul_(params, 1 - group["lr"] * group["weight_decay"])
+        torch._foreach_add_(params, updates, alpha=-group["lr"] * 0.2 * longest**0.5)

@@ -1,0 +1,97 @@
+"""Tokens in, text out while they come: what a client may already see of an answer.
+
+Tokens are pieces of bytes, so a character may be half there, and the last characters may turn out to begin a stop text; both
+are held back until they are certain. All pieces together are exactly the text that `chat.parse` gives, cut by `cut`.
+"""
+
+from __future__ import annotations
+
+import codecs
+from collections.abc import Sequence
+from typing import TYPE_CHECKING
+
+from athanor.core.errors import RequestError
+
+if TYPE_CHECKING:
+    from athanor.tokenizer.bpe import Tokenizer
+
+
+def cut(text: str, stop: Sequence[str]) -> tuple[str, bool]:
+    """`text` before the stop text that is complete first, and whether there is one.
+
+    Of two that end at the same character the longer one counts, as if the text had come character by character.
+    """
+    matches = [(text.find(s) + len(s), text.find(s)) for s in stop if s in text]
+    return (text[: min(matches)[1]], True) if matches else (text, False)
+
+
+class StreamDecoder:
+    """Turns the tokens of one answer into content and reasoning as they come, without ever taking a character back.
+
+    Raises RequestError (param "stop") when a stop text is empty.
+
+    Attributes:
+        stopped: a stop text appeared in the content; later tokens are not read.
+    """
+
+    def __init__(self, tokenizer: Tokenizer, stop: Sequence[str] = ()) -> None:
+        if isinstance(stop, str) or not all(isinstance(s, str) and s for s in stop):
+            raise RequestError(f"stop ({stop!r}) must be a list of texts, none of them empty: leave it out", param="stop")
+        self.stopped = False
+        self._tokenizer = tokenizer
+        self._stop = tuple(stop)
+        self._longest = max(map(len, self._stop), default=0)
+        self._ended = False
+        self._thinking = False
+        new_decoder = codecs.getincrementaldecoder("utf-8")
+        self._bytes_of_content = new_decoder(errors="replace")
+        self._bytes_of_reasoning = new_decoder(errors="replace")
+        self._content = ""
+        self._reasoning = ""
+
+    def push(self, id: int) -> None:
+        """Read one token; nothing after a stop text or `<|end|>` is read. Raises TokenizerError for an id out of range."""
+        data = self._tokenizer.token_bytes(id)
+        if self.stopped or self._ended:
+            return
+        if id == self._tokenizer.end_id:
+            self._ended = True
+        elif id == self._tokenizer.think_id:
+            self._thinking = True
+        elif id == self._tokenizer.end_think_id:
+            self._thinking = False
+        elif self._thinking:
+            self._reasoning += self._bytes_of_reasoning.decode(data)
+        else:
+            self._add_content(self._bytes_of_content.decode(data))
+
+    def take(self) -> tuple[str, str]:
+        """New content and new reasoning since the last call, as far as they are certain."""
+        certain = len(self._content) if self.stopped else len(self._content) - self._held_back()
+        content, self._content = self._content[:certain], self._content[certain:]
+        reasoning, self._reasoning = self._reasoning, ""
+        return content, reasoning
+
+    def finish(self) -> tuple[str, str]:
+        """The rest, when no more tokens come: what was held back is given out, half characters as U+FFFD."""
+        if not self.stopped:
+            self._add_content(self._bytes_of_content.decode(b"", final=True))
+        self._reasoning += self._bytes_of_reasoning.decode(b"", final=True)
+        content, self._content = self._content, ""
+        reasoning, self._reasoning = self._reasoning, ""
+        return content, reasoning
+
+    def _add_content(self, new: str) -> None:
+        # What was taken cannot be part of a stop text, and what was searched before holds none.
+        start = max(0, len(self._content) - self._longest + 1)
+        head, tail = self._content[:start], self._content[start:] + new
+        tail, self.stopped = cut(tail, self._stop)
+        self._content = head + tail
+
+    def _held_back(self) -> int:
+        """Length of the longest end of the content that begins a stop text."""
+        for length in range(min(self._longest - 1, len(self._content)), 0, -1):
+            end = self._content[-length:]
+            if any(s.startswith(end) for s in self._stop):
+                return length
+        return 0

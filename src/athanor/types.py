@@ -1,0 +1,128 @@
+"""The few things that travel between rooms.
+
+Document -> shards -> Batch -> (sum, count) -> checkpoint -> Engine -> Completion.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass, field
+from typing import TYPE_CHECKING, Any, Literal
+
+if TYPE_CHECKING:
+    import torch
+
+Role = Literal["system", "user", "assistant"]
+ROLES: tuple[Role, ...] = ("system", "user", "assistant")
+IGNORE = -100  # label of a position that is not supervised (PyTorch's and Hugging Face's convention)
+
+
+@dataclass(frozen=True, slots=True)
+class Document:
+    """One text and where it came from."""
+
+    text: str
+    source: str
+
+
+@dataclass(frozen=True, slots=True)
+class Message:
+    """One turn. `reasoning` (assistant only) is what stands between <think> and </think>."""
+
+    role: Role
+    content: str
+    reasoning: str | None = None
+
+
+Conversation = Sequence[Message]
+
+
+@dataclass(frozen=True, slots=True)
+class Pair:
+    """One preference: the same prompt, an answer that was chosen and one that was rejected."""
+
+    prompt: Conversation
+    chosen: Message
+    rejected: Message
+
+
+@dataclass(slots=True)
+class Batch:
+    """Sequences laid end to end without padding, the input of every objective.
+
+    N = tokens of all sequences together, S = sequences.
+
+    ids      (N,) int64    tokens
+    labels   (N,) int64    target of each position, already shifted: labels[i] is what should follow ids[i];
+                           IGNORE where nothing is supervised
+    lengths  (S,) int64    tokens of each sequence; sums to N. Attention never crosses sequences
+    extras   named tensors that an objective asks for, (N,) or (S,) each (old log-probabilities, advantages ...)
+    origin   where the sequences come from, for error messages and for the record of a bad batch
+    """
+
+    ids: torch.Tensor
+    labels: torch.Tensor
+    lengths: torch.Tensor
+    extras: dict[str, torch.Tensor] = field(default_factory=dict)
+    origin: str = ""
+
+
+@dataclass(frozen=True, slots=True)
+class SamplingParams:
+    """How tokens are chosen.
+
+    temperature  0 is greedy; log-probabilities are of softmax(logits / temperature), untruncated (of softmax(logits) when greedy)
+    top_p        smallest set of tokens whose probability reaches top_p; 1 is all
+    top_k        the k most probable tokens; 0 is all
+    max_tokens   new tokens at most
+    stop         texts that end the answer; they are not part of it
+    seed         same seed, same text, whatever else is in the batch
+    """
+
+    temperature: float = 1.0
+    top_p: float = 1.0
+    top_k: int = 0
+    max_tokens: int = 128
+    stop: tuple[str, ...] = ()
+    seed: int = 0
+
+
+@dataclass(frozen=True, slots=True)
+class Request:
+    """A prompt of token ids to be continued."""
+
+    id: str
+    prompt_ids: Sequence[int]
+    params: SamplingParams = field(default_factory=SamplingParams)
+
+
+FinishReason = Literal["stop", "length", "abort"]
+
+
+@dataclass(frozen=True, slots=True)
+class Completion:
+    """What the engine made of a Request.
+
+    ids       new tokens, the end-of-turn token included when it was produced
+    logprobs  log-probability of each of them under the distribution of SamplingParams.temperature
+    text      their text: content of the answer, reasoning and control tokens left out; cut before a stop text
+    reasoning what stood between <think> and </think>, or None
+    """
+
+    request_id: str
+    prompt_ids: Sequence[int]
+    ids: Sequence[int]
+    logprobs: Sequence[float]
+    text: str
+    reasoning: str | None
+    finish_reason: FinishReason
+
+
+@dataclass(frozen=True, slots=True)
+class Rollout:
+    """A completion and the reward that it earned; `parts` are the rewards it is made of."""
+
+    completion: Completion
+    reward: float
+    parts: Mapping[str, float]
+    meta: Mapping[str, Any] = field(default_factory=dict)
