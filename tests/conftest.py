@@ -1,10 +1,16 @@
-"""Tests that need what this machine lacks are skipped, saying so."""
+"""Tests that need what this machine lacks are skipped, saying so; a small tokenizer and a tiny model for all rooms."""
 
 from pathlib import Path
 
 import pytest
+from hypothesis import settings
 
 SHARED = Path(__file__).resolve().parents[2] / "shared"
+TEXT = """The athanor keeps one steady heat through every stage of the work. 12 + 30 = 42, and 7 < 9.
+def heat(stage: int) -> float:\n    return stage * 1.5  # degrees\n你好，世界。 naïve café 🔥\n"""
+
+settings.register_profile("athanor", deadline=None)  # a slow machine is not a failure
+settings.load_profile("athanor")
 
 
 def pytest_collection_modifyitems(items):
@@ -22,3 +28,37 @@ def pytest_collection_modifyitems(items):
 def shared():
     """The folder with real data beside the checkout."""
     return SHARED
+
+
+@pytest.fixture(scope="session")
+def tokenizer():
+    from athanor.tokenizer.bpe import Tokenizer
+
+    return Tokenizer.train([TEXT * 2], 320)
+
+
+@pytest.fixture(scope="session")
+def tiny(tokenizer):
+    """`tiny(seed=0, **fields of llama.Config)`: a new model with two layers whose every weight is random, with clear preferences."""
+    import torch
+
+    from athanor.models import llama
+
+    def build(seed=0, **fields):
+        shape = {"d_model": 32, "n_layers": 2, "n_heads": 4, "n_kv_heads": 2, "d_ff": 64, "max_positions": 128, "tied": False}
+        model = llama.Model(llama.Config(**({"vocab_size": tokenizer.vocab_size} | shape | fields)))
+        generator = torch.Generator().manual_seed(seed)
+        with torch.no_grad():
+            for name, p in model.named_parameters():
+                p.normal_(1.0 if name.endswith("norm.weight") else 0.0, 0.3, generator=generator)
+        return model.eval()
+
+    return build
+
+
+@pytest.fixture(scope="session")
+def lm(tokenizer, tiny):
+    """The tiny model with its tokenizer, for reading only."""
+    from athanor.lm import LM
+
+    return LM(tiny(), tokenizer)

@@ -93,10 +93,20 @@ class LM:
 
     @torch.inference_mode()
     def logits(self, ids: Tensor | Sequence[Sequence[int]]) -> Tensor:
-        """Logits of whole sequences: ids (B, T) -> (B, T, V) float32."""
-        tensor = torch.as_tensor(ids, dtype=torch.int64, device=self.model.device)
-        if tensor.ndim != 2:
-            raise ConfigError(f"ids has {tensor.ndim} dimensions and must have 2 (batch, time): wrap one sequence in a list")
+        """Logits of whole sequences: ids (B, T) -> (B, T, V) float32.
+
+        Raises ConfigError when the sequences differ in length, are longer than the context or hold ids that are no tokens.
+        """
+        try:
+            tensor = torch.as_tensor(ids, dtype=torch.int64, device=self.model.device)
+        except ValueError as error:
+            raise ConfigError(f"ids must be sequences of one length ({error}): give those of another length apart") from error
+        if tensor.ndim != 2 or not tensor.numel():
+            raise ConfigError(f"ids has shape {tuple(tensor.shape)} and must be (batch, time): wrap one sequence in a list")
+        if tensor.shape[1] > self.config.max_positions:
+            raise ConfigError(f"ids has {tensor.shape[1]} tokens and the context holds {self.config.max_positions}: shorten it")
+        if int(tensor.min()) < 0 or int(tensor.max()) >= self.config.vocab_size:
+            raise ConfigError(f"ids must lie in [0, {self.config.vocab_size}): they were made by another tokenizer")
         logits: Tensor = self.model(tensor)
         return logits.float()
 
@@ -137,19 +147,26 @@ def load(path: str | Path, checkpoint: str | None = None) -> LM:
     """Load a checkpoint folder, or a run folder's last checkpoint (or the one named `checkpoint`).
 
     Raises:
-        CheckpointError: what is there is damaged, altered since it was saved, incomplete or of another template.
+        CheckpointError: what is there is damaged, altered since it was saved or incomplete.
+        TokenizerError: its vocabulary is not ours, or its chat template is another version's.
     """
     folder = resolve(path, checkpoint)
+    tokenizer = Tokenizer.load(folder)
     lineage: dict[str, Any] = {}
     if (folder / MANIFEST).exists():
         manifest = io.read_json(folder / MANIFEST)
-        if not isinstance(manifest, dict) or manifest.get("format") != 1:
-            raise CheckpointError(f"{folder / MANIFEST} is of another version of athanor (format is not 1): save it anew")
+        if not isinstance(manifest, dict) or manifest.get("format") != 1 or not isinstance(manifest.get("lineage"), dict):
+            found = manifest.get("format") if isinstance(manifest, dict) else None
+            raise CheckpointError(
+                f"{folder / MANIFEST} has format {found!r}, and this version reads format 1 with a lineage: use the version"
+                " that wrote it, or save the model anew"
+            )
         lineage = manifest["lineage"]
         now = {
             "config": io.sha256_file(folder / "config.json"),
             "weights": io.sha256_file(folder / models.WEIGHTS) if (folder / models.WEIGHTS).is_file() else None,
             "template": template_hash(),
+            "tokenizer": tokenizer.hash,
         }
         changed = differences({k: lineage.get(k) for k in now}, now)
         if changed:
@@ -157,4 +174,4 @@ def load(path: str | Path, checkpoint: str | None = None) -> LM:
                 f"{folder}: {' and '.join(changed)} differ from what {MANIFEST} recorded when it was saved: the folder was"
                 " altered, truncated or made by another version; copy it again or train it anew"
             )
-    return LM(models.load(folder, formats.prepare), Tokenizer.load(folder), lineage, folder)
+    return LM(models.load(folder, formats.prepare), tokenizer, lineage, folder)

@@ -7,12 +7,8 @@ from collections.abc import Callable
 from pathlib import Path
 
 import pytest
-from hypothesis import settings
 
 from athanor.tokenizer.bpe import Tokenizer
-
-settings.register_profile("athanor", deadline=None)  # a slow machine is not a failure
-settings.load_profile("athanor")
 
 
 def _prose(size: int, seed: int = 0) -> str:

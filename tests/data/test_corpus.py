@@ -222,8 +222,10 @@ def test_too_little_text_is_refused_and_leaves_nothing(tmp_path: Path, prose: Ca
     for name in ("a", "b", "c"):
         (folder / name).write_text("x" * 30_000)
     (folder / "d").write_text("y" * 30_000)
+    (folder / "image").write_bytes(b"\0")
     expected = (
-        r"texts has 60000 bytes of text after cleaning and dropping 2 duplicates, and must have at least 65536 .*: give more text"
+        r"texts has 60000 bytes of text after cleaning \(dropped: 2 duplicates; not used: 1 binary\)"
+        r" and must have at least 65536 to train and to measure: give more text"
     )
     with pytest.raises(DataError, match=expected):
         build(tmp_path / "out", text=folder)

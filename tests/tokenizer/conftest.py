@@ -7,13 +7,9 @@ import json
 import textwrap
 
 import pytest
-from hypothesis import settings
 
 from athanor.tokenizer.bpe import Tokenizer
 from athanor.tokenizer.template import CONTROL_TOKENS
-
-settings.register_profile("athanor", deadline=None)  # a slow machine is not a failure
-settings.load_profile("athanor")
 
 CHINESE = "天地玄黄，宇宙洪荒。日月盈昃，辰宿列张。寒来暑往，秋收冬藏。你好，世界！"
 

@@ -29,6 +29,7 @@ def group_relative(rewards: Tensor, scale: Scale = "std") -> Tensor:
     if rewards.ndim != 2 or rewards.shape[1] < 2:
         raise ConfigError(f"rewards of shape {tuple(rewards.shape)} must be (prompts, group) with a group of 2 or more")
     centred = rewards - rewards.mean(dim=1, keepdim=True)
+    centred = centred.masked_fill(dead(rewards)[:, None], 0)  # rounding of the mean, which a std of nearly 0 would blow up
     if scale == "none":
         return centred
     return centred / (rewards.std(dim=1, keepdim=True) + 1e-4)

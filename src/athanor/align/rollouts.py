@@ -12,6 +12,7 @@ import torch
 from torch import Tensor
 
 from athanor.align.advantages import Scale, dead, group_relative
+from athanor.core.errors import ConfigError
 from athanor.infer.engine import Engine
 from athanor.types import IGNORE, Batch, Completion, Request, Rollout, SamplingParams
 
@@ -61,8 +62,13 @@ def to_batch(groups: Sequence[Group], temperature: float, scale: Scale, origin: 
     """The batch that the policy-gradient objective reads, and how many groups are dead.
 
     Dead groups have advantage 0 everywhere and are left out, so that no time is spent on them (dynamic sampling, Yu et
-    al. 2025), unless all are dead: then they stay, and the step changes nothing.
+    al. 2025), unless all are dead: then they stay, and the gradient is zero.
+
+    Raises:
+        ConfigError: temperature 0: greedy answers are not drawn from the policy, so they have no ratio to it.
     """
+    if not temperature > 0:
+        raise ConfigError(f"temperature ({temperature}) must be positive to learn from rollouts: use 0.7 or 1")
     rewards = torch.tensor([g.rewards for g in groups])
     advantages = group_relative(rewards, scale)
     lifeless = dead(rewards)

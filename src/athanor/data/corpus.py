@@ -19,10 +19,19 @@ from athanor.core.errors import ConfigError, DataError
 from athanor.data import holdout
 from athanor.data.clean import clean, split_text
 from athanor.data.dedup import ExactDedup
-from athanor.data.sources import Skipped, SourceFile, no_text, read_documents, read_file, standard_library_files, user_files
+from athanor.data.sources import (
+    Skipped,
+    SourceFile,
+    no_text,
+    read_documents,
+    read_file,
+    standard_library_files,
+    summary,
+    user_files,
+)
 from athanor.types import Document
 
-__all__ = ["CorpusReport", "build", "read_documents"]
+__all__ = ["CorpusReport", "beginning", "build", "read_documents"]
 
 TRAIN, HELDOUT, HELDOUT_TEXT, MANIFEST = "train.jsonl", "heldout.jsonl", "heldout.txt", "manifest.json"
 SMALLEST_CORPUS = 64 << 10
@@ -140,8 +149,8 @@ def build(
             raise no_text(text, skipped)
         if total < SMALLEST_CORPUS:
             raise DataError(
-                f"{source} has {total} bytes of text after cleaning and dropping {dedup.duplicates} duplicates,"
-                f" and must have at least {SMALLEST_CORPUS} to train and to measure: give more text"
+                f"{source} has {total} bytes of text after cleaning (dropped: {dedup.duplicates} duplicates; not used:"
+                f" {summary(skipped) or 'none'}) and must have at least {SMALLEST_CORPUS} to train and to measure: give more text"
             )
         target = holdout.target_bytes(total, heldout_fraction)
         _write(folder, spool, holdout.choose(lambda: read_documents(spool), target, seed), counts)
@@ -160,6 +169,19 @@ def build(
         names = {reason: sorted(names) for reason, names in sorted(skipped.items())}
         io.write_json(folder / MANIFEST, {**asdict(report), "skipped_names": names})
     return report
+
+
+def beginning(path: str | os.PathLike[str], size: int | None) -> list[Document]:
+    """The first `size` characters of the documents in a JSON Lines file, the last one cut to fit; all of them without `size`."""
+    chosen: list[Document] = []
+    for document in read_documents(path):
+        if size is not None:
+            if size <= 0:
+                break
+            document = Document(document.text[:size], document.source)
+            size -= len(document.text)
+        chosen.append(document)
+    return chosen
 
 
 def _kept(

@@ -51,8 +51,8 @@ class Holdout:
 def choose(documents: Callable[[], Iterable[Document]], target: int, seed: int) -> Holdout:
     """Hold out between `target` and 1.25 x `target` bytes of `documents()`, the first by `order`.
 
-    More than 2 MiB never are; close to that, it may be a quarter less than `target`. `documents` is called for each pass over them,
-    at most twice. Their bytes together must be at least `target`.
+    More than 2 MiB never are; close to that, it may be a quarter less than `target`. `documents` is called for each pass over
+    them, at most twice. Their bytes together must be at least `target`.
     """
     names = _greedy(documents(), target, seed)
     if names is not None:

@@ -18,6 +18,7 @@ from numpy.typing import NDArray
 
 from athanor.core import io
 from athanor.core.errors import ConfigError, DataError, TokenizerError
+from athanor.data.sources import read_documents
 from athanor.tokenizer.bpe import Tokenizer
 from athanor.types import Document
 
@@ -107,6 +108,18 @@ def write_tokens(
     )
     io.write_json(json_path, asdict(report))
     return report
+
+
+def ensure(folder: Path, tokenizer: Tokenizer, tokens: int) -> TokenShard:
+    """The shard of a corpus folder's train.jsonl with `tokens` tokens (or all that there are), written unless it is there."""
+    path = folder / "train.bin"
+    if path.with_suffix(".json").exists():
+        report = io.read_json(path.with_suffix(".json"))
+        enough = report["tokens"] >= tokens or not report["limit_reached"]
+        if report["tokenizer_hash"] == tokenizer.hash and enough:
+            return TokenShard(path, tokenizer)
+    write_tokens(tokenizer, read_documents(folder / "train.jsonl"), path, limit_tokens=tokens)
+    return TokenShard(path, tokenizer)
 
 
 class TokenShard:

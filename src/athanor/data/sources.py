@@ -121,8 +121,12 @@ def read_texts(path: str | os.PathLike[str], skipped: Skipped | None = None) -> 
 
 def no_text(path: str | os.PathLike[str], skipped: Skipped) -> DataError:
     """The error for a path in which nothing is text, with what was skipped."""
-    why = ", ".join(f"{len(names)} {reason}" for reason, names in sorted(skipped.items()))
-    return DataError(f"no text in {str(path)!r} ({why or 'the folder is empty'}): give files of UTF-8 text")
+    return DataError(f"no text in {str(path)!r} ({summary(skipped) or 'the folder is empty'}): give files of UTF-8 text")
+
+
+def summary(skipped: Skipped) -> str:
+    """How many were skipped for which reason, `2 binary, 1 empty`; empty when none were."""
+    return ", ".join(f"{len(names)} {reason}" for reason, names in sorted(skipped.items()))
 
 
 def read_documents(path: str | os.PathLike[str], name: str | None = None) -> Iterator[Document]:

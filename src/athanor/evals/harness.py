@@ -23,6 +23,14 @@ class Result:
     stopped: bool
     tokens: int
 
+    @property
+    def skill(self) -> str:
+        return self.example.skill
+
+    @property
+    def language(self) -> str:
+        return self.example.language
+
 
 def judge(engine: Engine, example: Example, completion: Completion) -> Result:
     """Score one completion of an example's question."""

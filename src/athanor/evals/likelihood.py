@@ -8,7 +8,7 @@ from collections.abc import Iterable
 import torch
 
 from athanor.core.device import Precision, autocast
-from athanor.core.errors import DataError
+from athanor.core.errors import ConfigError, DataError
 from athanor.models.base import CausalLM
 from athanor.nn.context import Packed
 from athanor.nn.loss import linear_cross_entropy
@@ -32,8 +32,10 @@ def bits_per_byte(
         window: tokens seen at once; not longer than the model was trained on.
 
     Raises:
-        DataError: no documents.
+        ConfigError: window out of range. DataError: no documents.
     """
+    if not 2 <= window <= model.config.max_positions:
+        raise ConfigError(f"window ({window}) must lie between 2 and {model.config.max_positions}, the model's context")
     stride = window // 2
     ids: list[int] = []
     targets: list[int] = []

@@ -9,7 +9,7 @@ from dataclasses import dataclass
 from torch import Tensor
 
 from athanor.core.device import Precision
-from athanor.core.errors import RequestError
+from athanor.core.errors import ConfigError, RequestError
 from athanor.infer.runner import Runner
 from athanor.infer.sampling import sample
 from athanor.infer.scheduler import Scheduler
@@ -41,6 +41,9 @@ class Engine:
         max_batch: sequences that run at once.
         max_len: tokens of prompt and answer at most; the model's context by default.
         precision: of the matrix products.
+
+    Raises:
+        ConfigError: max_batch or max_len out of range.
     """
 
     def __init__(
@@ -52,8 +55,15 @@ class Engine:
         max_len: int | None = None,
         precision: Precision = "fp32",
     ) -> None:
+        context = model.config.max_positions
+        if max_batch < 1:
+            raise ConfigError(f"max_batch ({max_batch}) must be at least 1: one sequence has to run")
+        if max_len is not None and not 2 <= max_len <= context:
+            raise ConfigError(
+                f"max_len ({max_len}) must lie between 2 (a token of prompt and one of answer) and {context}, the model's context"
+            )
         self.tokenizer = tokenizer
-        self.max_len = min(max_len or model.config.max_positions, model.config.max_positions)
+        self.max_len = max_len or context
         self.scheduler = Scheduler(max_batch)
         self.runner = Runner(model, precision)
         self.vocab_size = model.config.vocab_size
@@ -61,30 +71,30 @@ class Engine:
 
     @property
     def has_work(self) -> bool:
-        """Whether a request is waiting or running."""
-        return bool(self.scheduler.waiting or self.scheduler.running)
+        """Whether a step would do anything: a request is waiting, running, or aborted and not yet reported."""
+        return self.scheduler.has_work
 
     def add(self, request: Request) -> None:
         """Queue a request. Raises RequestError naming the field that is out of range."""
         check(request, self.max_len, self.vocab_size)
         if request.id in self._ids:
             raise RequestError(f"request id {request.id!r} is already being answered: give each request its own", "id")
+        sequence = Sequence(request, StreamDecoder(self.tokenizer, request.params.stop))
         self._ids.add(request.id)
-        self.scheduler.waiting.append(Sequence(request, StreamDecoder(self.tokenizer, request.params.stop)))
+        self.scheduler.waiting.append(sequence)
 
     def abort(self, request_id: str) -> None:
         """End a request early; its last chunk comes from the next step. Unknown ids (already finished) are no error."""
-        sequence = self.scheduler.drop(request_id)
-        if sequence is not None and sequence not in self.scheduler.running:
-            self._ids.discard(request_id)
+        self.scheduler.drop(request_id)
 
     def step(self) -> list[Chunk]:
-        """Schedule, run, post-process: one new token for every running request."""
+        """Schedule, run, post-process: one new token for every running request, and the first of every one that finds a row."""
         chunks = self._retire()  # what was aborted between steps
         running = self.scheduler.running
         if running:
             logits = self.runner.decode([s.ids[-1] for s in running], [s.length - 1 for s in running])
             self._extend(running, logits)
+            chunks += self._retire()  # their rows are free for those that wait
         started = self.scheduler.admit()
         if started:
             first = len(self.scheduler.running) - len(started)
@@ -97,11 +107,22 @@ class Engine:
         return chunks + self._retire()
 
     def generate(self, requests: Iterable[Request], progress: Callable[[int], None] | None = None) -> list[Completion]:
-        """Answer all requests; completions come in the order of the requests. `progress` gets how many are finished."""
-        order = []
-        for request in requests:
-            self.add(request)
-            order.append(request.id)
+        """Answer all requests; completions come in the order of the requests. `progress` gets how many are finished.
+
+        Raises RequestError when one of them cannot be answered, or while others are being answered; then none is.
+        """
+        if self.has_work:
+            raise RequestError("the engine is busy with other requests, whose text would be lost: take steps until they are done")
+        order: list[str] = []
+        try:
+            for request in requests:
+                self.add(request)
+                order.append(request.id)
+        except BaseException:
+            for id in order:
+                self.abort(id)
+            self.step()
+            raise
         done: dict[str, Completion] = {}
         while len(done) < len(order):
             before = len(done)

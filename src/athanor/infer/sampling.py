@@ -31,7 +31,9 @@ def uniform(seeds: Sequence[int], indices: Sequence[int]) -> Tensor:
 
 
 def truncate(logprobs: Tensor, top_p: Tensor, top_k: Tensor) -> Tensor:
-    """Set to -inf what lies outside the top_k most probable tokens, or outside the smallest set that reaches top_p.
+    """Set to -inf what lies outside the top_k most probable tokens, then what lies outside the smallest set that reaches top_p.
+
+    The probabilities that are to reach top_p are those that top_k has left, renormalised (as in transformers and vLLM).
 
     Args:
         logprobs: (R, V).
@@ -39,12 +41,13 @@ def truncate(logprobs: Tensor, top_p: Tensor, top_k: Tensor) -> Tensor:
         top_k: (R,) int64, V for all.
     """
     ordered, order = logprobs.sort(dim=-1, descending=True, stable=True)
-    probs = ordered.exp()
-    before = probs.cumsum(-1) - probs  # probability of everything more probable than this token
-    rank = torch.arange(logprobs.shape[-1], device=logprobs.device)
-    drop = ((before >= top_p[:, None]) & (top_p[:, None] < 1)) | (rank >= top_k[:, None])
+    drop = torch.arange(logprobs.shape[-1], device=logprobs.device) >= top_k[:, None]
+    probs = ordered.exp().masked_fill_(drop, 0)
+    reached = probs.cumsum(-1)
+    # What is more probable than this token has reached top_p without it.
+    drop |= (reached - probs >= top_p[:, None] * reached[:, -1:]) & (top_p[:, None] < 1)
     drop[:, 0] = False
-    return ordered.masked_fill(drop, -torch.inf).gather(-1, order.argsort(-1))
+    return torch.empty_like(logprobs).scatter_(-1, order, ordered.masked_fill_(drop, -torch.inf))
 
 
 def sample(logits: Tensor, params: Sequence[SamplingParams], indices: Sequence[int]) -> tuple[Tensor, Tensor]:

@@ -20,6 +20,12 @@ class Scheduler:
         self.max_batch = max_batch
         self.waiting: deque[Sequence] = deque()
         self.running: list[Sequence] = []
+        self._dropped: list[Sequence] = []  # aborted before they ran
+
+    @property
+    def has_work(self) -> bool:
+        """Whether a sequence is waiting, running or yet to be retired."""
+        return bool(self.waiting or self.running or self._dropped)
 
     def admit(self) -> list[Sequence]:
         """Move waiting sequences into free rows, in order of arrival; returns those that were moved."""
@@ -35,8 +41,9 @@ class Scheduler:
             the finished, and the moves (from row, to row) by which the cache has to follow.
         """
         finished = [s for s in self.running if s.finish_reason]
+        dropped, self._dropped = self._dropped, []
         if not finished:
-            return [], []
+            return dropped, []
         kept = len(self.running) - len(finished)
         gaps = [row for row in range(kept) if self.running[row].finish_reason]
         movers = [row for row in range(kept, len(self.running)) if not self.running[row].finish_reason]
@@ -44,17 +51,17 @@ class Scheduler:
         for source, target in moves:
             self.running[target] = self.running[source]
         del self.running[kept:]
-        return finished, moves
+        return finished + dropped, moves
 
-    def drop(self, request_id: str) -> Sequence | None:
-        """Mark a running sequence as aborted, or take a waiting one out; None when there is no such request."""
+    def drop(self, request_id: str) -> None:
+        """Mark a sequence as aborted: the next `retire` takes it out. Unknown ids are no error."""
         for sequence in self.running:
             if sequence.request.id == request_id:
                 sequence.finish_reason = "abort"
-                return sequence
+                return
         for sequence in self.waiting:
             if sequence.request.id == request_id:
                 self.waiting.remove(sequence)
                 sequence.finish_reason = "abort"
-                return sequence
-        return None
+                self._dropped.append(sequence)
+                return

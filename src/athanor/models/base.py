@@ -34,11 +34,17 @@ class ModelConfig(Protocol):
 class CausalLM(nn.Module):
     """A decoder-only language model: hidden states and logits are separate calls.
 
-    A subclass defines `hidden`, `output_weight` and the key map of its files (`to_hf`, `from_hf`).
+    A subclass is built from its config alone and defines `initialise`, `hidden`, `output_weight` and the key map of its files
+    (`to_hf`, `from_hf`). Buffers that no file holds it computes on the CPU explicitly (`device="cpu"`), since a model about to
+    be loaded is built without a device.
     """
 
     config: ModelConfig
     model_type: ClassVar[str]
+
+    def initialise(self, generator: torch.Generator) -> None:
+        """Fresh weights."""
+        raise NotImplementedError
 
     def hidden(self, ids: Tensor, ctx: Context) -> Tensor:
         """Final hidden states, normalised: ids (B, T) int64 -> (B, T, D)."""

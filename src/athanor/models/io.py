@@ -66,12 +66,12 @@ def load(folder: Path, prepare: Callable[[CausalLM, dict[str, Any]], None] | Non
     tensors = io.load_tensors(folder / WEIGHTS)
     _check(tensors, model, folder)
     model.load_state_dict(model.from_hf(tensors), assign=True)
-    _materialise(model)
+    assert not any(x.is_meta for x in (*model.parameters(), *model.buffers())), "a buffer that no file holds has no device"
     return model.eval()
 
 
 def _check(tensors: Mapping[str, Tensor], model: CausalLM, folder: Path) -> None:
-    expected = {k: v.shape for k, v in model.to_hf(dict(model.state_dict())).items()}
+    expected = model.to_hf(dict(model.state_dict()))
     problems = []
     missing = sorted(expected.keys() - tensors.keys())
     if missing:
@@ -80,12 +80,19 @@ def _check(tensors: Mapping[str, Tensor], model: CausalLM, folder: Path) -> None
     if unexpected:
         problems.append("unexpected: " + _listed(unexpected))
     misshaped = [
-        f"{k} is {tuple(tensors[k].shape)} and must be {tuple(expected[k])}"
+        f"{k} is {tuple(tensors[k].shape)} and must be {tuple(expected[k].shape)}"
         for k in sorted(expected.keys() & tensors.keys())
-        if tensors[k].shape != expected[k]
+        if tensors[k].shape != expected[k].shape
     ]
     if misshaped:
         problems.append("misshaped: " + _listed(misshaped))
+    mistyped = [
+        f"{k} is {tensors[k].dtype} and must be like {expected[k].dtype}"
+        for k in sorted(expected.keys() & tensors.keys())
+        if tensors[k].is_floating_point() != expected[k].is_floating_point()
+    ]
+    if mistyped:
+        problems.append("of the wrong kind: " + _listed(mistyped))
     if problems:
         raise CheckpointError(
             f"{folder / WEIGHTS} does not fit {folder / 'config.json'}: {'; '.join(problems)}."
@@ -96,14 +103,3 @@ def _check(tensors: Mapping[str, Tensor], model: CausalLM, folder: Path) -> None
 def _listed(names: list[str]) -> str:
     more = len(names) - _SHOWN
     return ", ".join(names[:_SHOWN]) + (f" and {more} more" if more > 0 else "")
-
-
-def _materialise(model: CausalLM) -> None:
-    """Compute the buffers that no file holds (rotary tables): they were built without a device."""
-    config = model.config
-    fresh = type(model)(config)  # type: ignore[call-arg]  # every architecture is built from its config alone
-    buffers = dict(fresh.named_buffers())
-    for name, buffer in model.named_buffers():
-        if buffer.is_meta:
-            parent, _, leaf = name.rpartition(".")
-            setattr(model.get_submodule(parent), leaf, buffers[name])

@@ -53,6 +53,8 @@ class Config:
             value = getattr(self, name)
             if value < 1:
                 raise ConfigError(f"{name} ({value}) must be at least 1")
+        if self.d_model % 2:
+            raise ConfigError(f"d_model ({self.d_model}) must be even for rotary positions: use {self.d_model + 1}")
         if self.d_model % self.n_heads:
             fits = [h for h in range(1, self.d_model + 1) if self.d_model % h == 0 and self.d_model // h % 2 == 0]
             near = sorted(fits, key=lambda h: abs(h - self.n_heads))[:2]
@@ -67,8 +69,12 @@ class Config:
         if self.head_dim % 2:
             raise ConfigError(
                 f"d_model / n_heads ({self.d_model} / {self.n_heads} = {self.head_dim}) must be even for rotary positions:"
-                " change n_heads"
+                f" use a d_model of {self.d_model + self.n_heads}"
             )
+        if not self.rope_theta > 0:
+            raise ConfigError(f"rope_theta ({self.rope_theta}) must be positive: 10000 is usual")
+        if not self.norm_eps > 0:
+            raise ConfigError(f"norm_eps ({self.norm_eps}) must be positive: 1e-5 is usual")
 
     @property
     def head_dim(self) -> int:
@@ -103,9 +109,9 @@ class Config:
             heads = fields["num_attention_heads"]
             rope = fields.get("rope_parameters") or {}
             scaling = fields.get("rope_scaling") or {}
-            rope_type = rope.get("rope_type") or scaling.get("rope_type") or scaling.get("type") or "default"
             unsupported = {
-                "rope_type": (rope_type, "default"),
+                "rope_parameters.rope_type": (rope.get("rope_type") or "default", "default"),
+                "rope_scaling.rope_type": (scaling.get("rope_type") or scaling.get("type") or "default", "default"),
                 "hidden_act": (fields.get("hidden_act", "silu"), "silu"),
                 "attention_bias": (fields.get("attention_bias", False), False),
                 "mlp_bias": (fields.get("mlp_bias", False), False),
@@ -113,7 +119,10 @@ class Config:
             }
             for name, (value, known) in unsupported.items():
                 if value != known:
-                    raise CheckpointError(f"config.json: {name} {value!r} is not supported for llama; only {known!r} is")
+                    raise CheckpointError(
+                        f"config.json: {name} is {value!r}, which is not supported for llama (only {known!r} is):"
+                        " use another checkpoint"
+                    )
             return cls(
                 vocab_size=fields["vocab_size"],
                 d_model=fields["hidden_size"],
@@ -127,7 +136,9 @@ class Config:
                 tied=fields.get("tie_word_embeddings", False),
             )
         except KeyError as error:
-            raise CheckpointError(f"config.json lacks {error.args[0]!r}, which a llama needs") from None
+            raise CheckpointError(f"config.json lacks {error.args[0]!r}, which a llama needs: copy it again") from None
+        except (ArithmeticError, AttributeError, ConfigError, TypeError, ValueError) as error:
+            raise CheckpointError(f"config.json does not describe a llama ({error}): copy it again") from error
 
 
 class Block(nn.Module):

@@ -1,4 +1,4 @@
-"""Keys and values of generation in progress: a contiguous cache with one row per sequence, and the contexts that fill and read it.
+"""Keys and values of generation in progress: a contiguous cache, one row per sequence, and the contexts that fill and read it.
 
 Legend: L layers, R rows (sequences), G key/value heads, S positions, K head width, N tokens laid end to end.
 """

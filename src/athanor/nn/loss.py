@@ -20,13 +20,14 @@ class _LinearCrossEntropy(torch.autograd.Function):
     """The gradient is formed beside the loss, chunk by chunk, so logits are computed once and freed at once."""
 
     @staticmethod
-    def forward(ctx: Any, hidden: Tensor, weight: Tensor, targets: Tensor, dtype: torch.dtype) -> tuple[Tensor, Tensor]:
-        need = hidden.requires_grad or weight.requires_grad
+    def forward(
+        ctx: Any, hidden: Tensor, weight: Tensor, targets: Tensor, dtype: torch.dtype, need: tuple[bool, bool]
+    ) -> tuple[Tensor, Tensor]:
         w = weight.to(dtype)
         total = torch.zeros((), dtype=torch.float64, device=hidden.device)
         correct = torch.zeros((), dtype=torch.int64, device=hidden.device)
-        d_hidden = torch.empty_like(hidden) if need else None
-        d_weight = torch.zeros_like(weight, dtype=torch.float32) if need else None
+        d_hidden = torch.empty_like(hidden) if need[0] else None
+        d_weight = torch.zeros_like(weight, dtype=torch.float32) if need[1] else None
         rows = _chunk_rows(weight.shape[0])
         for start in range(0, hidden.shape[0], rows):
             at = slice(start, start + rows)
@@ -38,10 +39,11 @@ class _LinearCrossEntropy(torch.autograd.Function):
             probs = logits.sub_(top).exp_()
             norm = probs.sum(dim=1, keepdim=True)
             total += (norm.log() + top - picked).sum(dtype=torch.float64)
-            if d_hidden is not None and d_weight is not None:
-                probs.div_(norm).scatter_add_(1, y, torch.full_like(norm, -1.0))
-                grad = probs.to(dtype)
+            if any(need):
+                grad = probs.div_(norm).scatter_add_(1, y, torch.full_like(norm, -1.0)).to(dtype)
+            if d_hidden is not None:
                 d_hidden[at] = torch.mm(grad, w)
+            if d_weight is not None:
                 d_weight += torch.mm(grad.t(), h)
         ctx.save_for_backward(d_hidden, d_weight)
         ctx.dtype = weight.dtype
@@ -51,7 +53,9 @@ class _LinearCrossEntropy(torch.autograd.Function):
     @staticmethod
     def backward(ctx: Any, *grads: Tensor) -> tuple[Tensor | None, ...]:
         d_hidden, d_weight = ctx.saved_tensors
-        return d_hidden * grads[0].to(d_hidden.dtype), (d_weight * grads[0]).to(ctx.dtype), None, None
+        d_hidden = None if d_hidden is None else d_hidden * grads[0].to(d_hidden.dtype)
+        d_weight = None if d_weight is None else (d_weight * grads[0]).to(ctx.dtype)
+        return d_hidden, d_weight, None, None, None
 
 
 def linear_cross_entropy(hidden: Tensor, weight: Tensor, targets: Tensor) -> tuple[Tensor, Tensor]:
@@ -65,7 +69,9 @@ def linear_cross_entropy(hidden: Tensor, weight: Tensor, targets: Tensor) -> tup
     Returns:
         loss sum (float32 scalar, nats) and correct count (int64 scalar).
     """
-    loss, correct = _LinearCrossEntropy.apply(hidden, weight, targets, compute_dtype(hidden))
+    # Asked here: a Function's forward sees requires_grad of weights even where nothing will ever be differentiated.
+    need = (torch.is_grad_enabled() and hidden.requires_grad, torch.is_grad_enabled() and weight.requires_grad)
+    loss, correct = _LinearCrossEntropy.apply(hidden, weight, targets, compute_dtype(hidden), need)
     return loss, correct
 
 

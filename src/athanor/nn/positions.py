@@ -14,6 +14,8 @@ class Rotary(nn.Module):
     Pair i of a head, (x[i], x[i + K/2]), is turned by the angle t * theta^(-2i/K) at position t. Tables are built in
     float64 and kept in float32: in bfloat16 neighbouring positions fall together past 256.
 
+    They live on the CPU until the module is moved, even in a model that is built on no device: no file holds them.
+
     Args:
         head_dim: K, even.
         max_positions: rows of the table; positions must stay below it.
@@ -25,8 +27,8 @@ class Rotary(nn.Module):
 
     def __init__(self, head_dim: int, max_positions: int, theta: float = 10_000.0) -> None:
         super().__init__()
-        frequency = theta ** -(torch.arange(0, head_dim, 2, dtype=torch.float64) / head_dim)
-        angle = torch.outer(torch.arange(max_positions, dtype=torch.float64), frequency)
+        frequency = theta ** -(torch.arange(0, head_dim, 2, dtype=torch.float64, device="cpu") / head_dim)
+        angle = torch.outer(torch.arange(max_positions, dtype=torch.float64, device="cpu"), frequency)
         cos, sin = angle.cos().float(), angle.sin().float()
         # The second half of sin carries the sign of the rotation, so that turning is x * cos + swapped(x) * sin.
         self.register_buffer("cos", torch.cat((cos, cos), -1), persistent=False)

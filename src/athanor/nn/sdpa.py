@@ -1,4 +1,4 @@
-"""Scaled dot-product attention. Legend: B batch, T time (queries), S time (keys), H query heads, G key/value heads, K head width."""
+"""Scaled dot-product attention. Legend: B batch, T time, S time of keys, H query heads, G key/value heads, K head width."""
 
 from __future__ import annotations
 

@@ -9,7 +9,7 @@ from typing import Literal
 import torch
 from torch import Tensor
 
-from athanor.core.errors import ConfigError, NoTargetsError
+from athanor.core.errors import ConfigError, DataError, NoTargetsError
 from athanor.models.base import CausalLM
 from athanor.nn.context import Packed
 from athanor.nn.loss import token_logprobs
@@ -34,7 +34,7 @@ class PolicyConfig:
     def __post_init__(self) -> None:
         if not (0 < self.clip_low < 1 and self.clip_high > 0):
             raise ConfigError(f"clip_low ({self.clip_low}) must lie in (0, 1) and clip_high ({self.clip_high}) above 0")
-        if self.kl < 0:
+        if not self.kl >= 0:
             raise ConfigError(f"kl ({self.kl}) must not be negative")
         if self.normalise not in ("token", "sequence"):
             raise ConfigError(f"normalise ({self.normalise!r}) must be 'token' or 'sequence'")
@@ -51,6 +51,7 @@ def build(config: PolicyConfig) -> Loss:
     temperature    temperature at which it was drawn
     ref_logprobs   only when kl > 0: log-probability under the reference
     """
+    needed = ("old_logprobs", "advantages", "temperature") + (("ref_logprobs",) if config.kl > 0 else ())
 
     def loss(model: CausalLM, batch: Batch) -> tuple[Tensor, int, dict[str, Tensor]]:
         """Sum of -min(r A, clip(r) A) + kl * k3, with r = exp(logprob - old_logprob).
@@ -60,7 +61,13 @@ def build(config: PolicyConfig) -> Loss:
 
         Raises:
             NoTargetsError: no answer token in the batch.
+            DataError: the batch lacks an extra.
         """
+        missing = [name for name in needed if name not in batch.extras]
+        if missing:
+            raise DataError(
+                f"batch {batch.origin!r} lacks extras {', '.join(missing)}, which are read when kl is {config.kl}: add them"
+            )
         at = (batch.labels != IGNORE).nonzero().squeeze(1)
         if at.numel() == 0:
             raise NoTargetsError(f"batch {batch.origin!r}: no answer token to learn from; the rollouts are empty")
@@ -89,6 +96,16 @@ def build(config: PolicyConfig) -> Loss:
         return (per_token * weights).sum(), count, metrics
 
     return loss
+
+
+@torch.no_grad()
+def add_reference(reference: CausalLM, batch: Batch, precision: Precision) -> None:
+    """Put the reference's log-probabilities into `batch.extras["ref_logprobs"]`, (N,), for the KL term."""
+    at = (batch.labels != IGNORE).nonzero().squeeze(1)
+    with autocast(reference.device, precision):
+        hidden = reference.hidden(batch.ids.unsqueeze(0), Packed(batch.lengths)).squeeze(0).index_select(0, at)
+        logprobs, _ = token_logprobs(hidden, reference.output_weight, batch.labels[at], batch.extras["temperature"][at])
+    batch.extras["ref_logprobs"] = torch.zeros_like(batch.extras["old_logprobs"]).index_copy_(0, at, logprobs)
 
 
 def _weights(batch: Batch, at: Tensor, normalise: str) -> tuple[Tensor, int]:

@@ -34,7 +34,7 @@ class OptimConfig:
             raise ConfigError(f"optim.name ({self.name!r}) must be 'adamw' or 'muon'")
         if not self.lr > 0:
             raise ConfigError(f"optim.lr ({self.lr}) must be positive")
-        if self.weight_decay < 0:
+        if not self.weight_decay >= 0:
             raise ConfigError(f"optim.weight_decay ({self.weight_decay}) must not be negative")
         for name in ("beta1", "beta2"):
             if not 0 <= getattr(self, name) < 1:
@@ -59,7 +59,7 @@ def build(model: nn.Module, config: OptimConfig, *, bf16: bool = False) -> list[
             matrices.append(p)
     adam = [{"params": tables + vectors, "weight_decay": 0.0}]
     optimizers: list[torch.optim.Optimizer] = []
-    if config.name == "muon":
+    if config.name == "muon" and matrices:
         dtype = torch.bfloat16 if bf16 else torch.float32
         optimizers.append(Muon(matrices, config.lr, weight_decay=config.weight_decay, dtype=dtype))
     else:

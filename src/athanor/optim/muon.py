@@ -72,7 +72,10 @@ class Muon(torch.optim.Optimizer):
 
     def _update(self, params: list[Tensor], longest: int, group: dict[str, Any]) -> None:
         grads: list[Tensor] = [p.grad for p in params if p.grad is not None]
-        buffers = [self.state[p].setdefault("momentum", torch.zeros_like(p)) for p in params]
+        for p in params:
+            if "momentum" not in self.state[p]:
+                self.state[p]["momentum"] = torch.zeros_like(p)
+        buffers = [self.state[p]["momentum"] for p in params]
         torch._foreach_mul_(buffers, group["momentum"])
         torch._foreach_add_(buffers, grads)
         nesterov = torch._foreach_add(grads, buffers, alpha=group["momentum"])

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import json
 import shutil
 from collections.abc import Sequence
 from dataclasses import dataclass, field
@@ -16,6 +17,9 @@ from athanor.core.config import differences
 from athanor.core.device import rng_state, set_rng_state
 from athanor.core.errors import CheckpointError
 from athanor.models.base import CausalLM
+
+_TENSORS, _META = "state.safetensors", "state.json"
+_FIELDS = {"identity", "sha256", "step", "seconds", "history"}
 
 
 @dataclass
@@ -41,7 +45,23 @@ class StateStore:
 
     def steps(self) -> list[int]:
         """Steps of the complete checkpoints, ascending."""
-        return sorted(int(p.name.removeprefix("step-")) for p in self.folder.glob("step-*") if (p / "state.json").is_file())
+        return sorted(int(p.name.removeprefix("step-")) for p in self.folder.glob("step-[0-9]*") if (p / _META).is_file())
+
+    def _mend(self) -> None:
+        """Remove what a killed writer left half written or half deleted."""
+        for path in self.folder.glob(".*-step-*"):
+            io.recover(self.folder / f"step-{path.name.rpartition('-')[2]}")
+        for path in self.folder.glob("step-[0-9]*"):
+            if not (path / _META).is_file():
+                shutil.rmtree(path)
+
+    def history(self) -> list[dict[str, Any]]:
+        """The records of the newest checkpoint; empty where there is none."""
+        steps = self.steps()
+        if not steps:
+            return []
+        history: list[dict[str, Any]] = io.read_json(self.folder / f"step-{steps[-1]:08d}" / "state.json")["history"]
+        return history
 
     def save(self, progress: Progress, model: CausalLM, optimizers: Sequence[torch.optim.Optimizer]) -> None:
         """Write everything; then delete what is older than `keep`."""
@@ -53,12 +73,14 @@ class StateStore:
         tensors |= {f"rng.{k}": v for k, v in rng_state().items()}
         path = self.folder / f"step-{progress.step:08d}"
         with io.atomic_dir(path) as folder:
-            io.save_tensors(folder / "state.safetensors", {k: v.contiguous() for k, v in tensors.items()})
-            meta = {"identity": self.identity, "sha256": io.sha256_file(folder / "state.safetensors")}
+            io.save_tensors(folder / _TENSORS, {k: v.contiguous() for k, v in tensors.items()})
+            meta = {"identity": self.identity, "sha256": io.sha256_file(folder / _TENSORS)}
             progress_fields = {"step": progress.step, "seconds": progress.seconds, "history": progress.history}
-            io.write_json(folder / "state.json", meta | progress_fields)
+            io.write_json(folder / _META, meta | progress_fields)
         for step in self.steps()[: -self.keep]:
-            shutil.rmtree(self.folder / f"step-{step:08d}")
+            old = self.folder / f"step-{step:08d}"
+            (old / _META).unlink()  # first: half deleted, it must not count as complete
+            shutil.rmtree(old)
 
     def resume(self, model: CausalLM, optimizers: Sequence[torch.optim.Optimizer]) -> Progress:
         """Load the newest checkpoint into model, optimisers and random generators; a fresh Progress where there is none.
@@ -66,20 +88,23 @@ class StateStore:
         Raises:
             CheckpointError: damaged, or of another run (naming the fields that differ).
         """
+        self._mend()
         steps = self.steps()
         if not steps:
             return Progress()
         path = self.folder / f"step-{steps[-1]:08d}"
-        meta = io.read_json(path / "state.json")
-        changed = differences(meta["identity"], self.identity)
+        meta = io.read_json(path / _META)
+        if not isinstance(meta, dict) or not meta.keys() >= _FIELDS:
+            raise CheckpointError(f"{path / _META} lacks {', '.join(sorted(_FIELDS - set(meta)))}: it was altered; delete {path}")
+        changed = differences(meta["identity"], json.loads(json.dumps(self.identity)))
         if changed:
             raise CheckpointError(
                 f"{path} belongs to a run with other {', '.join(changed)}: start with the same settings to resume it,"
                 " or with another --out to begin anew"
             )
-        if io.sha256_file(path / "state.safetensors") != meta["sha256"]:
-            raise CheckpointError(f"{path}/state.safetensors was altered (its sha256 is not the recorded one): delete {path}")
-        tensors = io.load_tensors(path / "state.safetensors")
+        if not (path / _TENSORS).is_file() or io.sha256_file(path / _TENSORS) != meta["sha256"]:
+            raise CheckpointError(f"{path / _TENSORS} was altered (its sha256 is not the recorded one): delete {path}")
+        tensors = io.load_tensors(path / _TENSORS)
         model.load_state_dict({k.removeprefix("model."): v for k, v in tensors.items() if k.startswith("model.")})
         for i, optimizer in enumerate(optimizers):
             state: dict[int, dict[str, Tensor]] = {}

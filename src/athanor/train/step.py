@@ -10,7 +10,7 @@ from torch import Tensor
 
 from athanor.core import dist
 from athanor.core.device import Precision, autocast
-from athanor.core.errors import NoTargetsError, NonFiniteLossError
+from athanor.core.errors import NonFiniteLossError, NoTargetsError
 from athanor.models.base import CausalLM
 from athanor.types import Batch
 

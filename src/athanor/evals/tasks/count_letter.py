@@ -1,4 +1,4 @@
-"""Count how often a letter occurs, with its number and a running tally beside each letter."""
+"""Count how often a letter occurs: number the letters, a running tally beside each."""
 
 from __future__ import annotations
 
@@ -9,10 +9,14 @@ from athanor.evals.skill import Problem
 
 
 def problem(rng: random.Random) -> Problem:
-    pool = rng.sample(ascii_lowercase, rng.randint(2, 4))
-    letters = rng.choices(pool, k=rng.randint(5, 9))
-    target = pool[0]
-    tally = [letters[: i + 1].count(target) for i in range(len(letters))]
+    target, *letters = rng.sample(ascii_lowercase, rng.randint(5, 7))
+    # Each gap takes the letter once at most: a repeat in a row leaves nothing to tell one from the other.
+    for gap in sorted(rng.sample(range(len(letters)), rng.randint(0, 3)), reverse=True):
+        letters.insert(gap, target)
+    steps, tally = [], 0
+    for i, letter in enumerate(letters, 1):
+        tally += letter == target
+        steps.append(f"{i}{letter}{tally}")
     shown = " ".join(letters)
     return Problem(
         key=f"{target} in {''.join(sorted(letters))}",
@@ -20,6 +24,6 @@ def problem(rng: random.Random) -> Problem:
             "en": (f"How many {target} in {shown}?", f"Count the letter {target} in {shown}."),
             "zh": (f"字母 {target} 在 {shown} 中出现几次？", f"数一数有几个 {target} ： {shown}"),
         },
-        reasoning=",".join(f"{i}{letter}{count}" for i, (letter, count) in enumerate(zip(letters, tally, strict=True), 1)),
-        answer=str(tally[-1]),
+        reasoning=",".join(steps),
+        answer=str(tally),
     )

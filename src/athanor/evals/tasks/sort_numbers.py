@@ -8,7 +8,7 @@ from athanor.evals.skill import Problem
 
 
 def problem(rng: random.Random) -> Problem:
-    numbers = rng.sample(range(10, 100), rng.randint(3, 5))
+    numbers = rng.sample(range(10, 100), rng.randint(3, 4))
     ordered = sorted(numbers)
     shown = ",".join(map(str, numbers))
     groups = {tens: "".join(str(n % 10) for n in ordered if n // 10 == tens) for tens in sorted({n // 10 for n in ordered})}

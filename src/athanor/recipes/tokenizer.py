@@ -1,0 +1,48 @@
+"""Train a byte-level BPE tokenizer on a run's corpus."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+from pathlib import Path
+
+from athanor.core import config as configs
+from athanor.core import io
+from athanor.core.errors import ConfigError
+from athanor.core.stage import Stage, require
+from athanor.data import corpus
+from athanor.tokenizer.bpe import Tokenizer
+
+POSITIONAL = ("run",)
+
+
+@dataclass(frozen=True)
+class Config:
+    run: Path
+    """Run folder with a corpus; the tokenizer goes to its `tokenizer/`."""
+    vocab_size: int = 2048
+    """Tokens, the 16 control tokens and 256 bytes included."""
+    sample: int = 16_000_000
+    """Characters of the train split (its documents lie in random order) that merges are learned from."""
+
+
+def main(config: Config) -> int:
+    if config.sample < 1:
+        raise ConfigError(f"sample ({config.sample}) must be at least 1 character")
+    stage = Stage(config.run, "tokenizer", configs.to_dict(config) | {"run": ""})
+    if stage.record is None:
+        require(config.run, "corpus")
+        sample = [d.text for d in corpus.beginning(config.run / "corpus" / corpus.TRAIN, config.sample)]
+        tokenizer = Tokenizer.train(sample, config.vocab_size)
+        with io.atomic_dir(config.run / "tokenizer") as folder:
+            tokenizer.save(folder)
+        heldout = [d.text for d in corpus.read_documents(config.run / "corpus" / corpus.HELDOUT)]
+        tokens = sum(map(len, tokenizer.encode_batch(heldout)))
+        stage.finish(
+            vocab_size=tokenizer.vocab_size,
+            bytes_per_token=sum(len(t.encode()) for t in heldout) / tokens,
+            sample=sum(map(len, sample)),
+            hash=tokenizer.hash,
+        )
+    r = stage.record or {}
+    print(f"tokenizer: {r['vocab_size']:,} tokens, {r['bytes_per_token']:.3f} bytes per token on held-out text")
+    return 0

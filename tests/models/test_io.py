@@ -1,0 +1,124 @@
+"""Checkpoint folders that are not what they should be: each is refused, saying why."""
+
+import json
+import re
+
+import pytest
+import torch
+from safetensors.torch import load_file, save_file
+
+from athanor.core.errors import CheckpointError
+from athanor.models import io
+
+
+@pytest.fixture
+def folder(tiny, tmp_path):
+    io.save(tiny(), tmp_path)
+    return tmp_path
+
+
+@pytest.fixture
+def edit(folder):
+    """`edit(**fields)` changes config.json (None removes a field); `edit(tensors=f)` replaces the tensors by f(tensors)."""
+
+    def change(tensors=None, **fields):
+        if tensors:
+            save_file(tensors(load_file(folder / io.WEIGHTS)), folder / io.WEIGHTS)
+        path = folder / "config.json"
+        content = json.loads(path.read_text()) | fields
+        path.write_text(json.dumps({k: v for k, v in content.items() if v is not None}))
+
+    return change
+
+
+def refused(folder, message):
+    with pytest.raises(CheckpointError, match=message) as error:
+        io.load(folder)
+    return str(error.value)
+
+
+def without(*names):
+    return lambda tensors: {k: v for k, v in tensors.items() if k not in names}
+
+
+def test_missing_tensors_are_named(folder, edit):
+    edit(tensors=without("model.norm.weight", "model.layers.1.self_attn.k_proj.weight"))
+    message = refused(folder, r"model.safetensors does not fit .*config.json: missing: ")
+    assert "missing: model.layers.1.self_attn.k_proj.weight, model.norm.weight." in message
+    assert "Use the two files that were saved together" in message
+
+
+def test_many_missing_tensors_are_counted(folder, edit):
+    edit(num_hidden_layers=3)
+    assert refused(folder, "missing").count("model.layers.2.") == 6
+    refused(folder, r" and 3 more\.")
+
+
+def test_unexpected_tensors_are_named(folder, edit):
+    edit(tensors=lambda tensors: tensors | {"model.layers.0.self_attn.q_proj.bias": torch.zeros(32)})
+    refused(folder, r"unexpected: model\.layers\.0\.self_attn\.q_proj\.bias\. Use")
+
+
+def test_a_head_beside_a_tied_config_is_unexpected(folder, edit):
+    edit(tie_word_embeddings=True)
+    refused(folder, r"unexpected: lm_head\.weight\.")
+
+
+def test_misshaped_tensors_are_named_with_both_shapes(folder, edit):
+    edit(tensors=lambda tensors: tensors | {"model.norm.weight": torch.zeros(31)})
+    refused(folder, r"misshaped: model\.norm\.weight is \(31,\) and must be \(32,\)")
+
+
+def test_whole_numbers_are_no_weights(folder, edit):
+    edit(tensors=lambda tensors: tensors | {"model.norm.weight": torch.zeros(32, dtype=torch.int8)})
+    refused(folder, r"of the wrong kind: model\.norm\.weight is torch\.int8 and must be like torch\.float32")
+
+
+def test_a_truncated_file_is_refused(folder):
+    path = folder / io.WEIGHTS
+    path.write_bytes(path.read_bytes()[:-100])
+    refused(folder, r"model\.safetensors is not a whole safetensors file: its tensors need \d+ bytes of data and it holds \d+")
+
+
+def test_a_missing_file_is_refused(folder):
+    (folder / io.WEIGHTS).unlink()
+    refused(folder, r"model\.safetensors cannot be read \(No such file or directory\): check the path")
+
+
+@pytest.mark.parametrize("content", ["[]", "{}", '{"model_type": 3}'])
+def test_a_config_without_a_model_type_is_refused(folder, content):
+    (folder / "config.json").write_text(content)
+    refused(folder, r"config\.json has no 'model_type': it is not the config of a model")
+
+
+def test_an_unknown_architecture_is_refused_with_the_nearest_name(folder, edit):
+    edit(model_type="lama")
+    refused(folder, r"config\.json: no 'lama' in 'models'; did you mean 'llama'\?")
+
+
+def test_fields_of_config_that_are_no_shape_are_refused(folder, edit):
+    for fields, message in (
+        ({"num_attention_heads": 0}, "does not describe a llama"),
+        ({"hidden_size": "32"}, "does not describe a llama"),
+        ({"rope_parameters": [1]}, "does not describe a llama"),
+        ({"num_key_value_heads": 3}, re.escape("n_kv_heads (3) must divide n_heads (4): use one of 1, 2, 4")),
+    ):
+        edit(**fields)
+        refused(folder, message)
+        edit(num_attention_heads=4, hidden_size=32, num_key_value_heads=2, rope_parameters=None)
+    io.load(folder)
+
+
+def test_prepare_sees_the_model_and_the_fields_before_weights_are_read(folder):
+    seen = []
+
+    def prepare(model, fields):
+        seen.append((type(model).__name__, fields["hidden_size"], next(model.parameters()).is_meta))
+
+    io.load(folder, prepare)
+    assert seen == [("Model", 32, True)]
+
+
+def test_extra_fields_join_the_config(tiny, tmp_path):
+    io.save(tiny(), tmp_path, {"quantization_config": {"bits": 8}})
+    assert io.read_config(tmp_path)["quantization_config"] == {"bits": 8}
