@@ -54,7 +54,7 @@ def test_scores_depend_on_the_distance_alone():
 
 def test_the_tables_are_those_of_float64_far_out_even_in_a_bfloat16_model():
     positions = torch.tensor([[16_000, 20_000, 20_479]])
-    rotary = Rotary(64, 20_480).to(torch.device("cpu"))
+    rotary = Rotary(64, 20_480).to(torch.bfloat16)
     frequency = 10_000.0 ** (-torch.arange(0, 64, 2, dtype=torch.float64) / 64)
     angle = positions.double()[..., None] * frequency
     cos, sin = rotary.at(positions)
@@ -74,3 +74,4 @@ def test_tables_are_real_in_a_model_without_a_device():
         rotary = Rotary(8, 16)
     assert torch.equal(rotary.cos, Rotary(8, 16).cos)
     assert "cos" not in rotary.state_dict()
+    assert rotary.to("meta").cos.is_meta

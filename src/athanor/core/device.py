@@ -150,8 +150,9 @@ def peak_memory() -> int:
 def tune_allocator() -> None:
     """Make glibc keep freed memory instead of giving it back to the system after every step.
 
-    Training allocates and frees the same large tensors over and over; by default each comes as a fresh mapping whose pages
-    the kernel clears one by one, a fifth of the time of a small model's step (docs/log.md). Elsewhere than on glibc this does nothing.
+    Training allocates and frees the same large tensors over and over; by default each comes as a fresh mapping whose
+    pages the kernel clears one by one, a fifth of the time of a small model's step (docs/log.md). Without glibc this does
+    nothing.
     """
     try:
         mallopt = ctypes.CDLL("libc.so.6").mallopt

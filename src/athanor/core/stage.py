@@ -20,10 +20,11 @@ def open_run(run: Path) -> None:
     marker = run / "run.json"
     if marker.exists():
         found = io.read_json(marker)
-        if not isinstance(found, dict) or found.get("format") != FORMAT:
+        version = found.get("format") if isinstance(found, dict) else None
+        if version != FORMAT:
             raise CheckpointError(
-                f"{run} was written by another version of athanor (format {found.get('format') if isinstance(found, dict) else found!r},"
-                f" this one writes {FORMAT}): choose another folder"
+                f"{run} was written by another version of athanor (format {version}, this one writes {FORMAT}):"
+                " choose another folder"
             )
         return
     if run.exists() and (not run.is_dir() or any(run.iterdir())):

@@ -32,9 +32,7 @@ def as_chat(tokenizer: Tokenizer, example: Example, terse: bool) -> Rendered:
     return render(tokenizer, (question, replace(answer, reasoning=None) if terse else answer))
 
 
-def batch(
-    tokenizer: Tokenizer, names: Sequence[str], form: Form, seed: int, budget: int, terse_share: float = 0.0
-) -> Batch:
+def batch(tokenizer: Tokenizer, names: Sequence[str], form: Form, seed: int, budget: int, terse_share: float = 0.0) -> Batch:
     """Training examples of the skills in turn, as many as fit into `budget` tokens (one at least); a pure function of `seed`.
 
     Args:

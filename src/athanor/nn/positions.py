@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from collections.abc import Callable
 from typing import Any
 
 import torch
@@ -12,7 +13,7 @@ class Rotary(nn.Module):
     """Rotary position embedding (Su et al. 2021) in Hugging Face's half-split layout.
 
     Pair i of a head, (x[i], x[i + K/2]), is turned by the angle t * theta^(-2i/K) at position t. Tables are built in
-    float64 and kept in float32: in bfloat16 neighbouring positions fall together past 256.
+    float64 and stay float32 whatever the module is cast to: in bfloat16 neighbouring positions fall together past 256.
 
     They live on the CPU until the module is moved, even in a model that is built on no device: no file holds them.
 
@@ -33,6 +34,12 @@ class Rotary(nn.Module):
         # The second half of sin carries the sign of the rotation, so that turning is x * cos + swapped(x) * sin.
         self.register_buffer("cos", torch.cat((cos, cos), -1), persistent=False)
         self.register_buffer("sin", torch.cat((-sin, sin), -1), persistent=False)
+
+    def _apply(self, fn: Callable[[Tensor], Tensor], recurse: bool = True) -> Rotary:
+        # `module.to(torch.bfloat16)` and its like come here: the tables follow to another device, never to another dtype.
+        device = fn(torch.empty(0, device=self.cos.device)).device
+        self.cos, self.sin = self.cos.to(device), self.sin.to(device)
+        return self
 
     def at(self, positions: Tensor) -> tuple[Tensor, Tensor]:
         """Rows for `positions` (B, T) as (B, T, 1, K), to meet heads (B, T, H, K)."""

@@ -9,6 +9,7 @@ from typing import Literal
 import torch
 from torch import Tensor
 
+from athanor.core.device import Precision, autocast
 from athanor.core.errors import ConfigError, DataError, NoTargetsError
 from athanor.models.base import CausalLM
 from athanor.nn.context import Packed

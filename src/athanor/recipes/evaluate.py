@@ -49,7 +49,9 @@ class Config:
 
 def main(config: Config) -> int:
     if config.window < 2 or config.max_tokens < 1 or config.batch < 1:
-        raise ConfigError(f"window ({config.window}) must be 2 or more, max_tokens ({config.max_tokens}) and batch ({config.batch}) 1")
+        raise ConfigError(
+            f"window ({config.window}) must be 2 or more, max_tokens ({config.max_tokens}) and batch ({config.batch}) 1"
+        )
     folder = resolve(config.path, config.checkpoint)
     record = run(config, folder)
     out = config.out or folder.parent / "eval" / f"{folder.name}.json"
@@ -76,9 +78,7 @@ def run(config: Config, folder: Path) -> dict[str, Any]:
     bits = None
     if text.exists():
         documents = corpus.beginning(text, config.text_bytes)
-        bits = likelihood.bits_per_byte(
-            lm.model, lm.tokenizer, documents, window=config.window, precision=config.precision
-        )
+        bits = likelihood.bits_per_byte(lm.model, lm.tokenizer, documents, window=config.window, precision=config.precision)
     first: dict[str, list[harness.Result]] = {}
     for r in results:
         first.setdefault(r.skill, []).append(r)

@@ -57,6 +57,8 @@ class Config:
     """Of the matrix products of trainer and engine alike."""
     clip: float = 1.0
     """Largest global gradient norm."""
+    save_seconds: float = 15.0
+    """Time between two saves of the training state; changes nothing else."""
     seed: int = 0
     """Of problems and answers."""
     policy: PolicyConfig = field(default_factory=PolicyConfig)
@@ -69,7 +71,7 @@ def main(config: Config) -> int:
             raise ConfigError(f"{name} ({getattr(config, name)}) must be at least {least}")
     if not config.temperature > 0:
         raise ConfigError(f"temperature ({config.temperature}) must be above 0: equal answers teach nothing")
-    stage = Stage(config.run, "grpo", configs.to_dict(config) | {"run": ""})
+    stage = Stage(config.run, "grpo", configs.to_dict(config) | {"run": "", "save_seconds": None})
     if stage.record is None:
         _train(config, stage)
     first, last = (stage.record or {})["curve"][0], (stage.record or {})["curve"][-1]
@@ -139,6 +141,7 @@ def _train(config: Config, stage: Stage) -> None:
         precision=config.precision,
         clip=config.clip,
         store=store,
+        save_seconds=config.save_seconds,
         hooks=[Hook(lambda step: dict(figures), 1)],
         tracker=Trackers([ConsoleTracker("grpo", config.steps, "step", start=start), log]),
     )

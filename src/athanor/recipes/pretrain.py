@@ -19,7 +19,6 @@ from athanor.data.pack import Rows, join
 from athanor.evals import lessons, likelihood, skill
 from athanor.lm import LM
 from athanor.models import io as models
-from athanor.objectives import next_token
 from athanor.optim.build import OptimConfig, build
 from athanor.optim.schedules import warmup_cosine
 from athanor.tokenizer.bpe import Tokenizer
@@ -65,6 +64,8 @@ class Config:
     """Of the matrix products: bf16 or fp32."""
     clip: float = 1.0
     """Largest global gradient norm."""
+    save_seconds: float = 15.0
+    """Time between two saves of the training state; changes nothing else."""
     seed: int = 0
     """Of weights and data order."""
     shape: Shape = field(default_factory=Shape)
@@ -80,7 +81,7 @@ def main(config: Config) -> int:
             f"steps ({config.steps}) and accumulate ({config.accumulate}) must be at least 1, and batch_tokens"
             f" ({config.batch_tokens}) / accumulate must hold a row of context ({config.context}) tokens"
         )
-    settings = configs.to_dict(config) | {"run": ""}
+    settings = configs.to_dict(config) | {"run": "", "save_seconds": None}
     stage = Stage(config.run, "pretrain", settings)
     if stage.record is None:
         _train(config, stage, rows_per_step)
@@ -131,6 +132,7 @@ def _train(config: Config, stage: Stage, rows: int) -> None:
         precision=config.precision,
         clip=config.clip,
         store=store,
+        save_seconds=config.save_seconds,
         hooks=[Hook(watch, max(1, config.steps // 8))],
         tracker=Trackers([ConsoleTracker("pretrain", config.steps, "step", start=start), log]),
     )

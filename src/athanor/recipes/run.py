@@ -26,6 +26,8 @@ class Config:
     """A file or folder of text of your own to pre-train on; without it the sources of Python's standard library."""
     seed: int = 0
     """Of weights, data order, problems and answers."""
+    save_seconds: float = 15.0
+    """Time between two saves of the training state: what a kill can cost at most."""
     plan: Path | None = None
     """A plan file (`athanor plan --out FILE`) to follow to the letter instead of measuring and adjusting."""
 
@@ -35,7 +37,7 @@ def main(config: Config) -> int:
     p = life.plan
     life.stage("corpus", text=config.text, heldout_fraction=p.heldout_fraction, seed=config.seed)
     life.stage("tokenizer", vocab_size=p.vocab_size, sample=p.tokenizer_sample)
-    common = {"precision": p.precision, "seed": config.seed}
+    common = {"precision": p.precision, "seed": config.seed, "save_seconds": config.save_seconds}
     batches = {"batch_tokens": p.batch_tokens, "context": p.context}
     life.stage("pretrain", steps=life.steps("pretrain"), shape=p.shape, **batches, **common)
     life.evaluate("base")
@@ -58,14 +60,15 @@ class Life:
         self.began, self.config, self.run = time.time(), config, config.out
         open_run(self.run)
         self.state_path = self.run / "life.json"
-        asked = {k: v for k, v in configs.to_dict(config).items() if k not in ("out", "plan")}
+        asked = {k: v for k, v in configs.to_dict(config).items() if k not in ("out", "plan", "save_seconds")}
         self.state: dict[str, Any] = {"asked": asked, "spent": 0.0, "stages": []}
         if self.state_path.exists():
             self.state = io.read_json(self.state_path)
             changed = configs.differences(self.state["asked"], asked)
             if changed:
                 raise ConfigError(
-                    f"{self.run} is a life with other {', '.join(changed)}: give the same settings to go on with it, or another --out"
+                    f"{self.run} is a life with other {', '.join(changed)}: give the same settings to go on with it,"
+                    " or another --out"
                 )
             print(f"{self.run}: going on after {self.state['spent']:.0f} s")
         else:
@@ -100,7 +103,9 @@ class Life:
     def evaluate(self, checkpoint: str) -> None:
         """Evaluate one checkpoint on the same held-out problems and text as all the others."""
         recipe, p = plugins.load("recipes", "evaluate"), self.plan
-        settings = recipe.Config(self.run, checkpoint, n=p.problems, window=p.context, precision=p.precision, seed=self.config.seed)
+        settings = recipe.Config(
+            self.run, checkpoint, n=p.problems, window=p.context, precision=p.precision, seed=self.config.seed
+        )
         self._do(f"eval-{checkpoint}", lambda: recipe.main(settings))
 
     def compress(self, bits: int) -> None:

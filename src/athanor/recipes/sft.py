@@ -48,6 +48,8 @@ class Config:
     """Of the matrix products: bf16 or fp32."""
     clip: float = 1.0
     """Largest global gradient norm."""
+    save_seconds: float = 15.0
+    """Time between two saves of the training state; changes nothing else."""
     seed: int = 0
     """Of the examples."""
     optim: OptimConfig = field(default_factory=lambda: OptimConfig(lr=2e-3))
@@ -58,7 +60,7 @@ def main(config: Config) -> int:
         raise ConfigError(f"steps ({config.steps}) and accumulate ({config.accumulate}) must be at least 1")
     if not (0 <= config.replay < 1 and 0 <= config.terse <= 1):
         raise ConfigError(f"replay ({config.replay}) must lie in [0, 1) and terse ({config.terse}) in [0, 1]: they are shares")
-    stage = Stage(config.run, "sft", configs.to_dict(config) | {"run": ""})
+    stage = Stage(config.run, "sft", configs.to_dict(config) | {"run": "", "save_seconds": None})
     if stage.record is None:
         _train(config, stage)
     r = stage.record or {}
@@ -97,6 +99,7 @@ def _train(config: Config, stage: Stage) -> None:
         precision=config.precision,
         clip=config.clip,
         store=store,
+        save_seconds=config.save_seconds,
         tracker=Trackers([ConsoleTracker("sft", config.steps, "step", start=start), log]),
     )
     lm.save(run / "sft", parent="base")

@@ -1,9 +1,10 @@
 """From minutes to a whole life: measure this machine, then derive model size and steps of every stage.
 
-The rule. Training N parameters on D tokens costs C = 6 N D floating-point operations (Kaplan et al. 2020). Compute-optimal is D = r N,
-so N = sqrt(C / 6 r). Hoffmann et al. 2022 found r = 20 for large models; lives of minutes do better with fewer tokens and a
-larger model, since the skills that follow pre-training bring tokens of their own and narrow matrices waste the machine:
-r = TOKENS_PER_PARAMETER was measured (docs/log.md). The shape nearest to N is taken from SHAPES.
+The rule. Training N parameters on D tokens costs C = 6 N D floating-point operations (Kaplan et al. 2020).
+Compute-optimal is D = r N, so N = sqrt(C / 6 r). Hoffmann et al. 2022 found r = 20 for large models; lives of minutes
+do better with fewer tokens and a larger model, since the skills that follow pre-training bring tokens of their own and
+narrow matrices waste the machine: r = TOKENS_PER_PARAMETER was measured (docs/log.md). The shape nearest to N is taken
+from SHAPES.
 """
 
 from __future__ import annotations
@@ -22,7 +23,7 @@ from athanor.optim.build import OptimConfig, build
 from athanor.train.step import train_step
 from athanor.types import Batch
 
-TOKENS_PER_PARAMETER = 2.0
+TOKENS_PER_PARAMETER = 6.0
 MARGIN = 0.03  # share of the time kept back
 PRETRAIN, SFT, GRPO = 0.36, 0.38, 0.26  # shares of the training time
 LEAST_STEPS = 5

@@ -14,7 +14,7 @@ def problem(rng: random.Random) -> Problem:
     later = hour
     if tens > 5:
         later = (hour + 1) % 24
-        steps += f", {tens}=6+{tens - 6}, {hour:02}+1={later:02}"
+        steps += f", {tens}=6+{tens - 6}, {hour:02}+1={hour + 1:02}" + ", 24=24+00" * (later == 0)
     now, answer = f"{hour:02}:{minute:02}", f"{later:02}:{tens % 6}{minute % 10}"
     return Problem(
         key=f"{now}+{more}",

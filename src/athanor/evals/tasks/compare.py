@@ -16,7 +16,7 @@ def problem(rng: random.Random) -> Problem:
         b = a // unit * unit + rng.randrange(unit)
     steps = []
     for x, y in zip(str(a), str(b), strict=True):
-        steps.append(f"{x}{'<' if x < y else '>' if x > y else '='}{y}")
+        steps.append(f"{x}:{y}{'<' if x < y else '>' if x > y else '='}")
         if x != y:
             break
     larger = rng.random() < 0.5

@@ -24,6 +24,6 @@ def problem(rng: random.Random) -> Problem:
             "en": (f"How many {target} in {shown}?", f"Count the letter {target} in {shown}."),
             "zh": (f"字母 {target} 在 {shown} 中出现几次？", f"数一数有几个 {target} ： {shown}"),
         },
-        reasoning=",".join(steps),
+        reasoning=f"{target}: {','.join(steps)}",
         answer=str(tally),
     )

@@ -13,6 +13,7 @@ def problem(rng: random.Random) -> Problem:
     letters = others
     for _ in range(rng.randint(1, 3)):
         letters.insert(rng.randint(0, len(letters)), target)
+    struck = [f"{i}{'_' if letter == target else letter}" for i, letter in enumerate(letters, 1)]
     shown = " ".join(letters)
     return Problem(
         key=f"{target} from {''.join(letters)}",
@@ -20,6 +21,6 @@ def problem(rng: random.Random) -> Problem:
             "en": (f"Remove every {target} from {shown}.", f"Delete all {target} in {shown}."),
             "zh": (f"从 {shown} 中删去所有 {target} 。", f"去掉每个 {target} ： {shown}"),
         },
-        reasoning="".join(f"{i}{'_' if letter == target else letter}" for i, letter in enumerate(letters, 1)),
+        reasoning=f"{target}: {''.join(struck)}",
         answer=" ".join(letter for letter in letters if letter != target),
     )

@@ -1,4 +1,4 @@
-"""Sort two-digit numbers in ascending order: first by tens, then by ones within each ten."""
+"""Sort two-digit numbers in ascending order: first the tens alone, then each with its ones."""
 
 from __future__ import annotations
 
@@ -11,13 +11,12 @@ def problem(rng: random.Random) -> Problem:
     numbers = rng.sample(range(10, 100), rng.randint(3, 4))
     ordered = sorted(numbers)
     shown = ",".join(map(str, numbers))
-    groups = {tens: "".join(str(n % 10) for n in ordered if n // 10 == tens) for tens in sorted({n // 10 for n in ordered})}
     return Problem(
         key=",".join(map(str, ordered)),
         question={
             "en": (f"Sort {shown}.", f"Put in ascending order: {shown}", f"Sort from small to large: {shown}"),
             "zh": (f"从小到大排列：{shown}", f"把{shown}从小到大排序。"),
         },
-        reasoning=",".join(f"{tens}:{ones}" for tens, ones in groups.items()),
+        reasoning=",".join(str(n // 10) for n in ordered),
         answer=",".join(map(str, ordered)),
     )
