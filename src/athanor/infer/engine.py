@@ -87,8 +87,11 @@ class Engine:
         """End a request early; its last chunk comes from the next step. Unknown ids (already finished) are no error."""
         self.scheduler.drop(request_id)
 
-    def step(self) -> list[Chunk]:
-        """Schedule, run, post-process: one new token for every running request, and the first of every one that finds a row."""
+    def step(self, stream: bool = True) -> list[Chunk]:
+        """Schedule, run, post-process: one new token for every running request, and the first of every one that finds a row.
+
+        Without `stream` a request has one chunk, its last: no text is decoded while nobody reads it.
+        """
         chunks = self._retire()  # what was aborted between steps
         running = self.scheduler.running
         if running:
@@ -99,7 +102,7 @@ class Engine:
         if started:
             first = len(self.scheduler.running) - len(started)
             self._extend(started, self.runner.prefill([s.request.prompt_ids for s in started], first))
-        for s in self.scheduler.running:
+        for s in self.scheduler.running if stream else ():
             if not s.finish_reason:
                 content, reasoning = s.take()
                 if content or reasoning:
@@ -126,7 +129,7 @@ class Engine:
         done: dict[str, Completion] = {}
         while len(done) < len(order):
             before = len(done)
-            for chunk in self.step():
+            for chunk in self.step(stream=False):
                 if chunk.completion:
                     done[chunk.request_id] = chunk.completion
             if progress and len(done) > before:

@@ -19,6 +19,7 @@ class Sequence:
     content: str = ""
     reasoning: str = ""
     finish_reason: FinishReason | None = None
+    _n_read: int = 0
 
     @property
     def length(self) -> int:
@@ -29,7 +30,8 @@ class Sequence:
         """Take one new token and see whether the answer ends with it."""
         self.ids.append(token)
         self.logprobs.append(logprob)
-        self.decoder.push(token)
+        if self.request.params.stop:
+            self._read()  # only a stop text has to be seen at once
         if token == end_id or self.decoder.stopped:
             self.finish_reason = "stop"
         elif len(self.ids) >= self.request.params.max_tokens or self.length >= max_len:
@@ -37,6 +39,7 @@ class Sequence:
 
     def take(self) -> tuple[str, str]:
         """New content and reasoning since the last take; everything that is held back too once finished."""
+        self._read()
         content, reasoning = self.decoder.take()
         if self.finish_reason:
             rest = self.decoder.finish()
@@ -44,6 +47,12 @@ class Sequence:
         self.content += content
         self.reasoning += reasoning
         return content, reasoning
+
+    def _read(self) -> None:
+        """Hand the decoder the tokens that it has not seen."""
+        for token in self.ids[self._n_read :]:
+            self.decoder.push(token)
+        self._n_read = len(self.ids)
 
     def completion(self, think_id: int) -> Completion:
         """The finished answer; every piece of text must have been taken."""

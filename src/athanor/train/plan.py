@@ -158,9 +158,9 @@ def make(minutes: float, device: torch.device) -> Plan:
 
 
 def grpo_step_seconds(plan: Plan, answer_tokens: float = 25.0, prompt_tokens: float = 20.0) -> float:
-    """Expected seconds of one GRPO step: rollouts decode at about a third of the training rate, half of them are trained on."""
+    """Expected seconds of one GRPO step: answers are decoded at about the training rate, and most of them are trained on."""
     answers = plan.prompts * plan.group
-    return answers * (3.0 * answer_tokens + 0.5 * (answer_tokens + prompt_tokens)) / plan.tokens_per_second
+    return answers * (1.3 * answer_tokens + 0.7 * (answer_tokens + prompt_tokens)) / plan.tokens_per_second
 
 
 def adjust(plan: Plan, stage: str, left: float) -> Plan:

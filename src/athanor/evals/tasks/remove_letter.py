@@ -9,10 +9,10 @@ from athanor.evals.skill import Problem
 
 
 def problem(rng: random.Random) -> Problem:
-    target, *others = rng.sample(ascii_lowercase, rng.randint(4, 6))
-    letters = others
-    for _ in range(rng.randint(1, 3)):
-        letters.insert(rng.randint(0, len(letters)), target)
+    target, *letters = rng.sample(ascii_lowercase, rng.randint(4, 7))
+    # Each gap takes the letter once at most: a repeat in a row leaves nothing to tell one from the other.
+    for gap in sorted(rng.sample(range(len(letters)), rng.randint(1, 3)), reverse=True):
+        letters.insert(gap, target)
     struck = [f"{i}{'_' if letter == target else letter}" for i, letter in enumerate(letters, 1)]
     shown = " ".join(letters)
     return Problem(
