@@ -16,6 +16,7 @@ import importlib.util
 import statistics
 import sys
 from collections.abc import Mapping, Sequence
+from importlib import metadata
 from pathlib import Path
 from typing import Any
 
@@ -29,6 +30,7 @@ from athanor.core.device import Precision, machine, supports_bf16, tune_allocato
 from athanor.core.errors import AthanorError, ConfigError, MissingExtraError
 from athanor.models import llama
 
+PEERS = ("transformers", "accelerate")
 SHAPES = {
     "life": Shape(llama.Config(2048, 192, 4, 3, 1, 512), 256, 32, conversations=2048),  # of a life of ten minutes
     "12m": Shape(llama.Config(16384, 256, 8, 8, 8, 1024), 512, 8),
@@ -69,7 +71,7 @@ def arguments(argv: Sequence[str] | None) -> argparse.Namespace:
 def main(argv: Sequence[str] | None = None) -> int:
     try:
         options = arguments(argv)
-        missing = [name for name in ("transformers", "accelerate") if importlib.util.find_spec(name) is None]
+        missing = [name for name in PEERS if importlib.util.find_spec(name) is None]
         if missing:
             raise MissingExtraError(f"{' and '.join(missing)} not installed, to compare with: pip install 'athanor-lm[dev]'")
         run(options)
@@ -81,17 +83,16 @@ def main(argv: Sequence[str] | None = None) -> int:
 
 def run(options: argparse.Namespace) -> None:
     precision: Precision = "bf16" if supports_bf16(CPU) else "fp32"
-    needed = memory({name: SHAPES[name] for name in options.shapes}, precision)
-
-    import accelerate
-    import transformers
-
-    transformers.utils.logging.set_verbosity_error()
-    tune_allocator()
-    facts = machine() | {"transformers": transformers.__version__, "accelerate": accelerate.__version__}
+    facts = machine() | {name: metadata.version(name) for name in PEERS}
     for key, value in facts.items():
         print(f"{key:<14}{value}")
-    print(f"{'precision':<14}{precision}, fused AdamW on both sides, tuned allocator for both, nothing compiled")
+    print(f"{'precision':<14}{precision}, fused AdamW on both sides, tuned allocator for both, nothing compiled", flush=True)
+    needed = memory({name: SHAPES[name] for name in options.shapes}, precision)
+    tune_allocator()
+
+    from transformers.utils import logging
+
+    logging.set_verbosity_error()
     results: dict[str, Any] = {"machine": facts, "precision": precision, "seconds": options.seconds, "rounds": ROUNDS}
     results |= {"pretraining": {}, "tuning": {}}
     for name in options.shapes:

@@ -62,14 +62,8 @@ def trainer(model: Any, conversations: Sequence[Rendered], collator: Any, folder
             self.ends.append(time.perf_counter())
             control.should_training_stop = len(self.ends) > 2 and self.ends[-1] - self.ends[0] >= self.seconds
 
-    quiet: dict[str, Any] = {
-        "save_strategy": "no",
-        "report_to": "none",
-        "disable_tqdm": True,
-        "use_cpu": True,
-        "max_steps": 1_000_000,
-    }
-    settings = TrainingArguments(output_dir=folder, **quiet, **arguments)
+    quiet: dict[str, Any] = {"save_strategy": "no", "report_to": "none", "disable_tqdm": True, "use_cpu": True}
+    settings = TrainingArguments(output_dir=folder, max_steps=1_000_000, **quiet, **arguments)
     clock = Clock()
     worker = Trainer(model, settings, data_collator=collate, train_dataset=records(conversations), callbacks=[clock])
     worker.remove_callback(PrinterCallback)

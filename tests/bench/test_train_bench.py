@@ -7,13 +7,17 @@ import json
 import os
 import subprocess
 import sys
+from dataclasses import asdict
 from itertools import cycle
 from pathlib import Path
 from types import SimpleNamespace
 
 import pytest
+import torch
 
 from athanor.core.errors import VerificationError
+from athanor.models import llama
+from athanor.recipes import pretrain
 from athanor.tokenizer.chat import Rendered
 
 pytest.importorskip("transformers")
@@ -24,18 +28,13 @@ SCRIPT = Path(__file__).parents[2] / "bench" / "train.py"
 @pytest.fixture(scope="module")
 def bench():
     """The script and its parts; they are no installed modules."""
+    parts = ("rounds", "sides", "conversations", "pretraining", "tuning")
+    names = {"train": "train"} | {part: f"training.{part}" for part in parts}
     with pytest.MonkeyPatch.context() as patch:
         patch.syspath_prepend(str(SCRIPT.parent))
-        patch.setattr(sys, "modules", dict(sys.modules))
-        names = (
-            "train",
-            "training.rounds",
-            "training.sides",
-            "training.conversations",
-            "training.pretraining",
-            "training.tuning",
-        )
-        yield SimpleNamespace(**{name.rpartition(".")[2]: importlib.import_module(name) for name in names})
+        yield SimpleNamespace(**{key: importlib.import_module(name) for key, name in names.items()})
+    for name in (*names.values(), "training"):
+        del sys.modules[name]
 
 
 @pytest.mark.slow
@@ -82,8 +81,6 @@ def test_one_mask_wrong_is_no_comparison(bench):
             longest = max(len(f["input_ids"]) for f in features)
             rows = [f["input_ids"] + [0] * (longest - len(f["input_ids"])) for f in features]
             mask = [[1] * len(f["input_ids"]) + [0] * (longest - len(f["input_ids"])) for f in features]
-            import torch
-
             return {"input_ids": torch.tensor(rows), "attention_mask": torch.tensor(mask)}
 
     config = bench.train.SHAPES["tiny"].config
@@ -134,19 +131,11 @@ def test_a_step_is_filled_with_whole_conversations(bench):
 
 
 def test_the_12m_shape_has_12_6_million_parameters(bench):
-    import torch
-
-    from athanor.models import llama
-
     with torch.device("meta"):
         assert llama.Model(bench.train.SHAPES["12m"].config).n_parameters() == 12_587_264
 
 
 def test_the_life_shape_is_the_recipes_default(bench):
-    from dataclasses import asdict
-
-    from athanor.recipes import pretrain
-
     default, shape = pretrain.Config(Path()), bench.train.SHAPES["life"]
     fields = asdict(shape.config)
     assert {k: fields[k] for k in asdict(default.shape)} == asdict(default.shape)

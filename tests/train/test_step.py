@@ -110,9 +110,10 @@ def test_clipping_bounds_the_global_norm_and_keeps_the_direction(tiny, batch):
 
 
 def test_the_rate_is_the_base_rate_times_the_factor(tiny, batch):
-    still = Still(tiny().parameters())
+    model = tiny()
+    still = Still(model.parameters())
     still.param_groups[0]["base_lr"] = 0.4
-    train_step(tiny(), next_token.loss, [batch], [still], lr_factor=0.25, clip=1.0, precision="fp32")
+    train_step(model, next_token.loss, [batch], [still], lr_factor=0.25, clip=1.0, precision="fp32")
     assert still.param_groups[0]["lr"] == pytest.approx(0.1)
 
 

@@ -70,7 +70,7 @@ def fit(
         NonFiniteLossError: before the update that would have spoilt the weights; the batches are saved beside the state.
         NoTargetsError: a step without a supervised target.
     """
-    progress = store.resume(model, optimizers) if store else Progress()
+    progress = store.resume(model, optimizers) if store is not None else Progress()
     model.train()
     began = saved = time.perf_counter()
     before = progress.seconds
@@ -86,26 +86,25 @@ def fit(
             raise NonFiniteLossError(f"step {step}: {error}; {_keep(store, step, micro)}") from error
         now = time.perf_counter()
         tokens = sum(batch.ids.numel() for batch in micro)
-        record: dict[str, Any] = {
-            "step": step + 1,
-            "loss": result.loss,
-            "lr": factor * optimizers[0].param_groups[0]["base_lr"],
+        record: dict[str, Any] = {"step": step + 1, "loss": result.loss}
+        for hook in hooks:
+            if (step + 1) % hook.every == 0 or step + 1 == steps:
+                record |= hook.fn(step + 1)
+        record |= {
+            **result.metrics,
             "grad_norm": result.grad_norm,
+            "lr": factor * optimizers[0].param_groups[0]["base_lr"],
             "targets": result.count,
             "tokens": tokens,
             "tokens_per_second": tokens / (now - ready),
             "batch_seconds": ready - start,
-            **result.metrics,
         }
-        for hook in hooks:
-            if (step + 1) % hook.every == 0 or step + 1 == steps:
-                record |= hook.fn(step + 1)
         progress.step = step + 1
         progress.seconds = before + time.perf_counter() - began
         progress.history.append(record)
-        if tracker:
+        if tracker is not None:
             tracker.log(record)
-        if store and time.perf_counter() - saved > save_seconds and progress.step < steps:
+        if store is not None and time.perf_counter() - saved > save_seconds and progress.step < steps:
             store.save(progress, model, optimizers)
             saved = time.perf_counter()
     model.eval()
