@@ -114,7 +114,7 @@ class LM:
         """Write a Hugging Face style folder (atomically) and the manifest with the lineage; returns the path."""
         path = Path(path)
         with io.atomic_dir(path) as folder:
-            models.save(self.model, folder, formats.describe(self.model))
+            models.save(self.model, folder, formats.describe(self.model), formats.layout(self.model))
             self.tokenizer.save(folder)
             weights = io.sha256_file(folder / models.WEIGHTS)
             config = io.sha256_file(folder / "config.json")

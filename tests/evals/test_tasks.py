@@ -68,7 +68,7 @@ FOLLOWS = {
     "subtract": lambda r, a: int(a) == int(r.rpartition("+")[2] + r.partition(",")[0][-1]),
     "sort_numbers": lambda r, a: r == ",".join(n[0] for n in a.split(",")),
     "sort_letters": lambda r, a: a == r.replace("<", " "),
-    "count_letter": lambda r, a: a == r[-1],
+    "count_letter": lambda r, a: a == str(r.count("_")),
     "compare": lambda r, a: a[r.count(":") - 1] in r.rpartition(" ")[2],
     "maximum": lambda r, a: a == max(r.split(",")),
     "reverse": lambda r, a: a == " ".join(letters(r.partition(",")[2].translate(DIGITS_OUT))),

@@ -148,7 +148,7 @@ def test_a_stage_with_other_settings_is_refused(life, capsys):
         (["grpo", "{new}", "--temperature", "0"], "temperature (0.0) must be above 0"),
         (["pretrain", "{new}", "--skill-share", "1"], "skill_share (1.0) must lie in [0, 1)"),
         (["sft", "{new}", "--replay", "1.5"], "replay (1.5) must lie in [0, 1)"),
-        (["tokenizer", "{new}", "--sample", "0"], "sample (0) must be at least 1"),
+        (["tokenizer", "{new}", "--sample", "0"], "sample (0) must be at least 1 character"),
         (["report", "{new}"], "life.json"),
     ],
 )

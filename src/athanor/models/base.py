@@ -2,7 +2,8 @@
 
 from __future__ import annotations
 
-from typing import Any, ClassVar, Protocol
+from collections.abc import Mapping
+from typing import Any, ClassVar, NamedTuple, Protocol
 
 import torch
 from torch import Tensor, nn
@@ -31,12 +32,19 @@ class ModelConfig(Protocol):
         ...
 
 
+class Fused(NamedTuple):
+    """One matrix of ours that is several in a file: their modules' names and rows, in the order of our rows."""
+
+    names: tuple[str, ...]
+    rows: tuple[int, ...]
+
+
 class CausalLM(nn.Module):
     """A decoder-only language model: hidden states and logits are separate calls.
 
-    A subclass is built from its config alone and defines `initialise`, `hidden`, `output_weight` and the key map of its files
-    (`to_hf`, `from_hf`). Buffers that no file holds it computes on the CPU explicitly (`device="cpu"`), since a model about to
-    be loaded is built without a device.
+    A subclass is built from its config alone and defines `initialise`, `hidden`, `output_weight` and `keys`, the key map of
+    its files. Buffers that no file holds it computes on the CPU explicitly (`device="cpu"`), since a model about to be loaded
+    is built without a device.
     """
 
     config: ModelConfig
@@ -63,13 +71,37 @@ class CausalLM(nn.Module):
         """Logits of whole sequences of one length: (B, T) -> (B, T, V)."""
         return self.logits(self.hidden(ids, Causal(ids.shape[0], ids.shape[1], ids.device)))
 
-    def to_hf(self, state: dict[str, Tensor]) -> dict[str, Tensor]:
-        """Our state dict as the tensors of a Hugging Face file."""
+    def keys(self) -> Mapping[str, str | Fused]:
+        """Our modules that hold tensors -> the modules of a Hugging Face file. What a module holds has the same name in both."""
         raise NotImplementedError
 
-    def from_hf(self, tensors: dict[str, Tensor]) -> dict[str, Tensor]:
-        """The tensors of a Hugging Face file as our state dict."""
-        raise NotImplementedError
+    def to_hf(self, state: Mapping[str, Tensor]) -> dict[str, Tensor]:
+        """Our state dict, or a part of it, as the tensors of a Hugging Face file. Tensors of fused modules are split by rows."""
+        keys, out = self.keys(), {}
+        for name, tensor in state.items():
+            module, _, leaf = name.rpartition(".")
+            theirs = keys[module]
+            if isinstance(theirs, str):
+                out[f"{theirs}.{leaf}"] = tensor
+            else:
+                for their, part in zip(theirs.names, tensor.split(theirs.rows), strict=True):
+                    out[f"{their}.{leaf}"] = part.contiguous()
+        return out
+
+    def from_hf(self, tensors: Mapping[str, Tensor]) -> dict[str, Tensor]:
+        """The inverse of `to_hf`."""
+        held: dict[str, dict[str, Tensor]] = {}
+        for name, tensor in tensors.items():
+            module, _, leaf = name.rpartition(".")
+            held.setdefault(module, {})[leaf] = tensor
+        out = {}
+        for ours, theirs in self.keys().items():
+            if isinstance(theirs, str):
+                out.update({f"{ours}.{leaf}": tensor for leaf, tensor in held.get(theirs, {}).items()})
+            else:
+                for leaf in held.get(theirs.names[0], {}):
+                    out[f"{ours}.{leaf}"] = torch.cat([held[their][leaf] for their in theirs.names])
+        return out
 
     @property
     def device(self) -> torch.device:

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Callable, Mapping
 from pathlib import Path
-from typing import Any
+from typing import Any, Protocol
 
 import torch
 from torch import Tensor
@@ -15,6 +15,18 @@ from athanor.models.base import CausalLM
 
 WEIGHTS = "model.safetensors"
 _SHOWN = 6  # names listed in an error before it says how many more there are
+
+
+class Layout(Protocol):
+    """How a file holds the tensors of a model, both under Hugging Face's names, where that is not as they are in memory."""
+
+    def encode(self, tensors: dict[str, Tensor]) -> dict[str, Tensor]:
+        """From memory to the file. Constants (the same in every such file) come out on a device even when nothing else is."""
+        ...
+
+    def decode(self, tensors: dict[str, Tensor]) -> dict[str, Tensor]:
+        """From the file, after its names, shapes, kinds and constants were checked, to memory."""
+        ...
 
 
 def build(model_type: str, config: Any, *, seed: int | None = None) -> CausalLM:
@@ -29,11 +41,13 @@ def build(model_type: str, config: Any, *, seed: int | None = None) -> CausalLM:
     return model
 
 
-def save(model: CausalLM, folder: Path, extra: Mapping[str, Any] | None = None) -> None:
+def save(model: CausalLM, folder: Path, extra: Mapping[str, Any] | None = None, layout: Layout | None = None) -> None:
     """Write config.json and model.safetensors into `folder`, in Hugging Face's names; `extra` joins config.json."""
-    tensors = {k: v.contiguous() for k, v in model.to_hf(dict(model.state_dict())).items()}
-    dtype = str(next(iter(tensors.values())).dtype).removeprefix("torch.")
-    io.save_tensors(folder / WEIGHTS, tensors, {"format": "pt"})
+    tensors = model.to_hf(model.state_dict())
+    dtype = str(model.output_weight.dtype).removeprefix("torch.")
+    if layout:
+        tensors = layout.encode(tensors)
+    io.save_tensors(folder / WEIGHTS, {k: v.contiguous() for k, v in tensors.items()}, {"format": "pt"})
     io.write_json(folder / "config.json", model.config.to_hf() | {"dtype": dtype} | dict(extra or {}))
 
 
@@ -45,15 +59,16 @@ def read_config(folder: Path) -> dict[str, Any]:
     return fields
 
 
-def load(folder: Path, prepare: Callable[[CausalLM, dict[str, Any]], None] | None = None) -> CausalLM:
+def load(folder: Path, prepare: Callable[[CausalLM, dict[str, Any]], Layout | None] | None = None) -> CausalLM:
     """The model in `folder`.
 
     Args:
         folder: with config.json and model.safetensors.
-        prepare: called with the model (no weights yet) and the config fields, to exchange modules before weights are read.
+        prepare: called with the model (no weights yet) and the config fields, to exchange modules before weights are read;
+            returns how the file holds them.
 
     Raises:
-        CheckpointError: damaged files; tensors missing, unexpected, misshaped (each is listed); an unknown architecture.
+        CheckpointError: damaged files; tensors missing, unexpected, misshaped or not what they must be (each is listed); an unknown architecture.
     """
     fields = read_config(folder)
     try:
@@ -61,17 +76,19 @@ def load(folder: Path, prepare: Callable[[CausalLM, dict[str, Any]], None] | Non
     except PluginError as error:
         raise CheckpointError(f"{folder}/config.json: {error}") from error
     model = build(fields["model_type"], module.Config.from_hf(fields))
-    if prepare:
-        prepare(model, fields)
-    tensors = io.load_tensors(folder / WEIGHTS)
-    _check(tensors, model, folder)
+    layout = prepare(model, fields) if prepare else None
+    tensors, expected = io.load_tensors(folder / WEIGHTS), model.to_hf(model.state_dict())
+    if layout:
+        expected = layout.encode(expected)
+    _check(tensors, expected, folder)
+    if layout:
+        tensors = layout.decode(tensors)
     model.load_state_dict(model.from_hf(tensors), assign=True)
     assert not any(x.is_meta for x in (*model.parameters(), *model.buffers())), "a buffer that no file holds has no device"
     return model.eval()
 
 
-def _check(tensors: Mapping[str, Tensor], model: CausalLM, folder: Path) -> None:
-    expected = model.to_hf(dict(model.state_dict()))
+def _check(tensors: Mapping[str, Tensor], expected: Mapping[str, Tensor], folder: Path) -> None:
     problems = []
     missing = sorted(expected.keys() - tensors.keys())
     if missing:
@@ -89,10 +106,13 @@ def _check(tensors: Mapping[str, Tensor], model: CausalLM, folder: Path) -> None
     mistyped = [
         f"{k} is {tensors[k].dtype} and must be like {expected[k].dtype}"
         for k in sorted(expected.keys() & tensors.keys())
-        if tensors[k].is_floating_point() != expected[k].is_floating_point()
+        if tensors[k].dtype != expected[k].dtype and not (tensors[k].is_floating_point() and expected[k].is_floating_point())
     ]
     if mistyped:
         problems.append("of the wrong kind: " + _listed(mistyped))
+    for k in sorted(expected.keys() & tensors.keys()):
+        if not expected[k].is_meta and tensors[k].shape == expected[k].shape and not torch.equal(tensors[k], expected[k]):
+            problems.append(f"{k} says {tensors[k].tolist()} and must say {expected[k].tolist()}")
     if problems:
         raise CheckpointError(
             f"{folder / WEIGHTS} does not fit {folder / 'config.json'}: {'; '.join(problems)}."

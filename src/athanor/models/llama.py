@@ -13,7 +13,7 @@ import torch
 from torch import Tensor, nn
 
 from athanor.core.errors import CheckpointError, ConfigError
-from athanor.models.base import CausalLM
+from athanor.models.base import CausalLM, Fused
 from athanor.nn.attention import Attention
 from athanor.nn.context import Context
 from athanor.nn.feedforward import SwiGLU
@@ -202,40 +202,20 @@ class Model(CausalLM):
     def output_weight(self) -> Tensor:
         return self.embedding.weight if self.head is None else self.head.weight
 
-    def to_hf(self, state: dict[str, Tensor]) -> dict[str, Tensor]:
+    def keys(self) -> dict[str, str | Fused]:
         c = self.config
         q, kv = c.n_heads * c.head_dim, c.n_kv_heads * c.head_dim
-        out = {"model.embed_tokens.weight": state["embedding.weight"], "model.norm.weight": state["norm.weight"]}
+        out: dict[str, str | Fused] = {"embedding": "model.embed_tokens", "norm": "model.norm"}
         if not c.tied:
-            out["lm_head.weight"] = state["head.weight"]
+            out["head"] = "lm_head"
         for i in range(c.n_layers):
             ours, theirs = f"blocks.{i}.", f"model.layers.{i}."
-            parts = state[ours + "attention.qkv.weight"].split((q, kv, kv))
-            for name, part in zip("qkv", parts, strict=True):
-                out[f"{theirs}self_attn.{name}_proj.weight"] = part.contiguous()
-            gate, up = state[ours + "feed_forward.gate_up.weight"].chunk(2)
-            out[theirs + "mlp.gate_proj.weight"], out[theirs + "mlp.up_proj.weight"] = gate.contiguous(), up.contiguous()
-            for our_name, their_name in _SAME.items():
-                out[theirs + their_name] = state[ours + our_name]
+            out |= {
+                ours + "attention_norm": theirs + "input_layernorm",
+                ours + "attention.qkv": Fused(tuple(f"{theirs}self_attn.{x}_proj" for x in "qkv"), (q, kv, kv)),
+                ours + "attention.out": theirs + "self_attn.o_proj",
+                ours + "feed_forward_norm": theirs + "post_attention_layernorm",
+                ours + "feed_forward.gate_up": Fused((theirs + "mlp.gate_proj", theirs + "mlp.up_proj"), (c.d_ff, c.d_ff)),
+                ours + "feed_forward.down": theirs + "mlp.down_proj",
+            }
         return out
-
-    def from_hf(self, tensors: dict[str, Tensor]) -> dict[str, Tensor]:
-        out = {"embedding.weight": tensors["model.embed_tokens.weight"], "norm.weight": tensors["model.norm.weight"]}
-        if not self.config.tied:
-            out["head.weight"] = tensors["lm_head.weight"]
-        for i in range(self.config.n_layers):
-            ours, theirs = f"blocks.{i}.", f"model.layers.{i}."
-            out[ours + "attention.qkv.weight"] = torch.cat([tensors[f"{theirs}self_attn.{n}_proj.weight"] for n in "qkv"])
-            gate_up = [tensors[f"{theirs}mlp.{n}_proj.weight"] for n in ("gate", "up")]
-            out[ours + "feed_forward.gate_up.weight"] = torch.cat(gate_up)
-            for our_name, their_name in _SAME.items():
-                out[ours + our_name] = tensors[theirs + their_name]
-        return out
-
-
-_SAME = {
-    "attention_norm.weight": "input_layernorm.weight",
-    "attention.out.weight": "self_attn.o_proj.weight",
-    "feed_forward_norm.weight": "post_attention_layernorm.weight",
-    "feed_forward.down.weight": "mlp.down_proj.weight",
-}

@@ -32,15 +32,12 @@ class _LinearCrossEntropy(torch.autograd.Function):
         for start in range(0, hidden.shape[0], rows):
             at = slice(start, start + rows)
             h, y = hidden[at].to(dtype), targets[at, None]
-            logits = torch.mm(h, w.t()).float()
-            top, guess = logits.max(dim=1, keepdim=True)
-            correct += (guess == y).sum()
-            picked = logits.gather(1, y)
-            probs = logits.sub_(top).exp_()
-            norm = probs.sum(dim=1, keepdim=True)
-            total += (norm.log() + top - picked).sum(dtype=torch.float64)
+            logprobs = torch.log_softmax(torch.mm(h, w.t()).float(), dim=1)
+            picked = logprobs.gather(1, y)
+            correct += (picked >= logprobs.amax(dim=1, keepdim=True)).sum()
+            total -= picked.sum(dtype=torch.float64)
             if any(need):
-                grad = probs.div_(norm).scatter_add_(1, y, torch.full_like(norm, -1.0)).to(dtype)
+                grad = logprobs.exp_().scatter_add_(1, y, torch.full_like(picked, -1.0)).to(dtype)
             if d_hidden is not None:
                 d_hidden[at] = torch.mm(grad, w)
             if d_weight is not None:
@@ -59,7 +56,7 @@ class _LinearCrossEntropy(torch.autograd.Function):
 
 
 def linear_cross_entropy(hidden: Tensor, weight: Tensor, targets: Tensor) -> tuple[Tensor, Tensor]:
-    """Sum over N of -log softmax(hidden weight^T)[target], and how many targets were the most probable token.
+    """Sum over N of -log softmax(hidden weight^T)[target], and how many targets no other token was more probable than.
 
     Args:
         hidden: (N, D).

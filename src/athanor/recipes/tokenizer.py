@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from dataclasses import dataclass
+from itertools import islice
 from pathlib import Path
 
 from athanor.core import config as configs
@@ -10,6 +11,7 @@ from athanor.core import io
 from athanor.core.errors import ConfigError
 from athanor.core.stage import Stage, require
 from athanor.data import corpus
+from athanor.evals import skill
 from athanor.tokenizer.bpe import Tokenizer
 
 POSITIONAL = ("run",)
@@ -23,16 +25,21 @@ class Config:
     """Tokens, the 16 control tokens and 256 bytes included."""
     sample: int = 16_000_000
     """Characters of the train split (its documents lie in random order) that merges are learned from."""
+    skills: int = 4000
+    """Training examples of the skills read beside it, so that their words, Chinese ones too, become tokens."""
 
 
 def main(config: Config) -> int:
-    if config.sample < 1:
-        raise ConfigError(f"sample ({config.sample}) must be at least 1 character")
+    if config.sample < 1 or config.skills < 0:
+        raise ConfigError(f"sample ({config.sample}) must be at least 1 character, skills ({config.skills}) at least 0 examples")
     stage = Stage(config.run, "tokenizer", configs.to_dict(config) | {"run": ""})
     if stage.record is None:
         require(config.run, "corpus")
         sample = [d.text for d in corpus.beginning(config.run / "corpus" / corpus.TRAIN, config.sample)]
-        tokenizer = Tokenizer.train(sample, config.vocab_size)
+        names = skill.names() if config.skills else []
+        lessons = islice(skill.examples(names, "train", seed=0), config.skills) if names else ()
+        talk = ["\n".join((*(m.content for m in e.conversation), e.conversation[1].reasoning or "")) for e in lessons]
+        tokenizer = Tokenizer.train([*sample, *talk], config.vocab_size)
         with io.atomic_dir(config.run / "tokenizer") as folder:
             tokenizer.save(folder)
         heldout = [d.text for d in corpus.read_documents(config.run / "corpus" / corpus.HELDOUT)]

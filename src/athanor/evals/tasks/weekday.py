@@ -25,7 +25,7 @@ def problem(rng: random.Random) -> Problem:
         question={
             "en": (
                 f"What day is {weeks} weeks and {days} days after {en}?",
-                f"Today is {en}. What day in {weeks} weeks and {days} days?",
+                f"Today is {en}. What day is it in {weeks} weeks and {days} days?",
             ),
             "zh": (f"{zh}过{weeks}周零{days}天是星期几？", f"今天是{zh}，{weeks}周零{days}天后是星期几？"),
         },
