@@ -10,6 +10,7 @@ import subprocess
 import sys
 import threading
 from dataclasses import fields
+from functools import cache
 from pathlib import Path
 
 import httpx
@@ -123,8 +124,8 @@ def commands(page):
 
 def parses(words, capsys):
     """Whether `athanor` takes these words: everything is read and checked, nothing is run. Capital letters stand for values."""
-    if len(words) == 1 and words[0] in cli._commands():
-        return True
+    if not words or (len(words) == 1 and words[0] in cli._commands()):
+        return True  # the name alone
     status = cli.main([*(re.sub(r"^[A-Z]+$", "1", word) for word in words), "--print-config"])
     assert status == 0, capsys.readouterr().err
     return True
@@ -145,6 +146,7 @@ def test_commands_are_understood(line, capsys):
         assert name != "ARGS" or parses(["run", *shlex.split(value)], capsys)
 
 
+@cache
 def options(command):
     """{option: its default} of a command."""
     recipe = cli._load(cli._commands()[command][0])
@@ -247,7 +249,7 @@ def serving(app):
         thread = threading.Thread(target=server.run, kwargs={"sockets": [sock]})
         thread.start()
         try:
-            yield "http://127.0.0.1:{}".format(sock.getsockname()[1])
+            yield f"http://127.0.0.1:{sock.getsockname()[1]}"
         finally:
             server.should_exit = True
             thread.join(60)
@@ -256,14 +258,14 @@ def serving(app):
 
 def test_the_server_examples_of_the_readme(first, capsys):
     (curl,) = [code for language, code in blocks(README) if code.startswith("curl")]
-    _, url, *arguments = shlex.split(curl)
-    options = dict(itertools.batched(arguments, 2)) if hasattr(itertools, "batched") else dict(zip(*[iter(arguments)] * 2, strict=True))
+    _, url, *arguments = shlex.split(curl.replace("\\\n", " "))
+    given = dict(zip(arguments[::2], arguments[1::2], strict=True))
     written = "http://127.0.0.1:8000"
     with serving(create_app(first.engine(), first.tokenizer, first.name)) as address:
-        headers = dict([options["-H"].split(": ")])
-        answer = httpx.post(url.replace(written, address), headers=headers, content=options["-d"], timeout=60)
+        headers = dict([given["-H"].split(": ")])
+        answer = httpx.post(url.replace(written, address), headers=headers, content=given["-d"], timeout=60)
         assert answer.status_code == 200, answer.text
-        asked = json.loads(options["-d"])
+        asked = json.loads(given["-d"])
         assert answer.json()["choices"][0]["message"]["content"] == first.generate(asked["messages"], temperature=0.0)
         code = python(README, "import OpenAI")
         names = {}

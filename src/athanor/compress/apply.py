@@ -50,9 +50,8 @@ def compress(model: CausalLM, bits: int, group: int | None = None, skip: Iterabl
     small = copy.deepcopy(model, {id(m.weight): m.weight for m in chosen.values()})
     for name in chosen:
         parent, _, leaf = name.rpartition(".")
-        linear = small.get_submodule(name)
-        assert isinstance(linear, nn.Linear)
-        setattr(small.get_submodule(parent), leaf, QuantLinear.of(linear, bits, group))
+        home = small.get_submodule(parent)
+        setattr(home, leaf, QuantLinear.of(getattr(home, leaf), bits, group))
     with torch.no_grad():
         for p in small.parameters():
             p.copy_(p.bfloat16())

@@ -2,7 +2,7 @@
 
 A quantised matrix (N, K) is three tensors: `weight_packed`, its whole numbers plus 2^(bits - 1) laid into int32 from the lowest
 bits up, along K; `weight_scale` (N, K / group) or (N, 1); `weight_shape` [N, K]. config.json says how, in `quantization_config`.
-All floating tensors of the file are bfloat16; `dtype` in config.json says what they become in memory.
+Floating tensors are bfloat16 in the file where that loses nothing; `dtype` in config.json says what they become in memory.
 
 Sources: https://github.com/vllm-project/compressed-tensors (0.20), quantization/quant_config.py and compressors/pack_quantized.
 """
@@ -63,7 +63,8 @@ class PackQuantized:
                 out[f"{module}.weight_packed"] = tensor.contiguous().view(torch.int32)
                 out[f"{module}.weight_shape"] = torch.tensor((tensor.shape[0], 2 * tensor.shape[1]), device="cpu")
             else:
-                out[name] = tensor.to(torch.bfloat16)
+                narrow = tensor.to(torch.bfloat16)
+                out[name] = narrow if tensor.is_meta or torch.equal(narrow.to(tensor.dtype), tensor) else tensor
         return out
 
     def decode(self, tensors: dict[str, Tensor]) -> dict[str, Tensor]:
@@ -93,7 +94,7 @@ def unpack8(packed: Tensor, columns: int) -> Tensor:
 def layout(model: CausalLM) -> PackQuantized | None:
     """How a file holds the model, or None when it is not quantised."""
     layer = next((m for m in model.modules() if isinstance(m, QuantLinear)), None)
-    return layer and PackQuantized(layer.bits, model.output_weight.dtype)
+    return None if layer is None else PackQuantized(layer.bits, model.output_weight.dtype)
 
 
 def describe(model: CausalLM) -> dict[str, Any]:
@@ -144,7 +145,7 @@ def prepare(model: CausalLM, fields: Mapping[str, Any]) -> PackQuantized | None:
         theirs = _their_names(model, name)
         left_out = [their for their in theirs if any(_matches(their, pattern) for pattern in ignored)]
         inside = "blocks" in name.split(".")
-        if left_out and (len(left_out) < len(theirs)) or not left_out and not inside:
+        if (left_out and len(left_out) < len(theirs)) or (not left_out and not inside):
             raise CheckpointError(
                 f"config.json: {_FIELD}.ignore leaves out {', '.join(left_out) or 'nothing'} of {', '.join(theirs)}, but"
                 f" {'these are one matrix here' if inside else 'the output is never quantised here'}: {_REMEDY}"

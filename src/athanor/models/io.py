@@ -68,7 +68,8 @@ def load(folder: Path, prepare: Callable[[CausalLM, dict[str, Any]], Layout | No
             returns how the file holds them.
 
     Raises:
-        CheckpointError: damaged files; tensors missing, unexpected, misshaped or not what they must be (each is listed); an unknown architecture.
+        CheckpointError: damaged files; tensors missing, unexpected, misshaped or not what they must be (each is listed);
+            an unknown architecture.
     """
     fields = read_config(folder)
     try:

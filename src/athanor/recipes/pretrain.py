@@ -58,7 +58,7 @@ class Config:
     """Tokens of a row."""
     skills: tuple[str, ...] | None = None
     """Skills mixed in as plain text; all by default."""
-    skill_share: float = 0.35
+    skill_share: float = 0.3
     """Share of the tokens that are skills."""
     precision: Precision = "bf16"
     """Of the matrix products: bf16 or fp32."""

@@ -25,7 +25,7 @@ from athanor.types import Batch
 
 TOKENS_PER_PARAMETER = 6.0
 MARGIN = 0.03  # share of the time kept back
-PRETRAIN, SFT, GRPO = 0.36, 0.38, 0.26  # shares of the training time
+PRETRAIN, SFT, GRPO = 0.45, 0.34, 0.21  # shares of the training time
 LEAST_STEPS = 5
 VOCAB_SIZE = 2048
 CONTEXT = 256
