@@ -39,7 +39,7 @@ def tokenizer():
 
 @pytest.fixture(scope="session")
 def tiny(tokenizer):
-    """`tiny(seed=0, **fields of llama.Config)`: a new model with two layers whose every weight is random, with clear preferences."""
+    """`tiny(seed=0, **fields of llama.Config)`: a new model with two layers, every weight random, with clear preferences."""
     import torch
 
     from athanor.models import llama

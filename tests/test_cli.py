@@ -143,7 +143,7 @@ def test_help_lists_recipes_by_their_docstrings_without_importing_them(run):
         assert "need Needs a path." in lines
         assert "never Never imported." in lines
         assert "Not shown" not in out
-    assert not [name for name in sys.modules if name.startswith("athanor_plugins.")]
+    assert not [name for name in sys.modules if name.startswith("athanor_plugins.recipes.")]
 
 
 def test_version(run):

@@ -66,6 +66,11 @@ class Batch:
     extras: dict[str, torch.Tensor] = field(default_factory=dict)
     origin: str = ""
 
+    def to(self, device: torch.device) -> Batch:
+        """The same batch on `device`."""
+        extras = {name: values.to(device) for name, values in self.extras.items()}
+        return Batch(self.ids.to(device), self.labels.to(device), self.lengths.to(device), extras, self.origin)
+
 
 @dataclass(frozen=True, slots=True)
 class SamplingParams:
@@ -126,3 +131,26 @@ class Rollout:
     reward: float
     parts: Mapping[str, float]
     meta: Mapping[str, Any] = field(default_factory=dict)
+
+
+@dataclass(frozen=True, slots=True)
+class Finding:
+    """What a law of the house compared on one model, and how far apart the two sides were.
+
+    law        its name, L1 ... L8
+    compared   the two sides, in words
+    value      their distance; None when nothing was compared
+    tolerance  the largest distance at which the law holds; 0 means bit by bit
+    skipped    why nothing was compared, or ""
+    """
+
+    law: str
+    compared: str
+    value: float | None = None
+    tolerance: float = 0.0
+    skipped: str = ""
+
+    @property
+    def passed(self) -> bool:
+        """Whether the law holds here, or was skipped for a reason."""
+        return bool(self.skipped) or (self.value is not None and self.value <= self.tolerance)

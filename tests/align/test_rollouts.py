@@ -87,7 +87,7 @@ def test_what_is_learned_is_exactly_the_answers(groups, tokenizer):
         assert tokenizer.decode(labels[at].tolist()) == tokenizer.decode(c.ids)
         # each label is what follows in the sequence itself
         following = [*c.prompt_ids, *c.ids][1:]
-        assert all(label == IGNORE or label == token for label, token in zip(labels.tolist(), following, strict=True))
+        assert all(label in (IGNORE, token) for label, token in zip(labels.tolist(), following, strict=True))
         assert old[at].tolist() == pytest.approx(list(c.logprobs), abs=1e-6)
         assert len(set(advantages.tolist())) == 1
 

@@ -14,6 +14,7 @@ from typing import Any
 import pytest
 
 from athanor.core.errors import CheckpointError, ConfigError, DataError
+from athanor.data import corpus
 from athanor.data.corpus import CorpusReport, build, read_documents
 from athanor.types import Document
 
@@ -274,3 +275,12 @@ def test_a_failed_build_leaves_the_old_corpus(texts: Path, tmp_path: Path) -> No
 def test_report_has_a_word_on_every_field() -> None:
     doc: Any = CorpusReport.__doc__
     assert [field.name for field in fields(CorpusReport) if field.name not in doc] == []
+
+
+def test_beginning_cuts_the_last_document_and_sample_takes_a_share_of_each(tmp_path: Path) -> None:
+    path = tmp_path / "d.jsonl"
+    path.write_text("".join(json.dumps({"text": c * 100, "source": c}) + "\n" for c in "abc"))
+    assert [d.text for d in corpus.beginning(path, 150)] == ["a" * 100, "b" * 50]
+    assert [len(d.text) for d in corpus.beginning(path, None)] == [100, 100, 100]
+    assert [d.text for d in corpus.sample(path, 30)] == ["a" * 10, "b" * 10, "c" * 10]
+    assert [len(d.text) for d in corpus.sample(path, 9999)] == [100, 100, 100]

@@ -7,6 +7,7 @@ from __future__ import annotations
 
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
+from statistics import fmean
 
 import torch
 from torch import Tensor
@@ -95,3 +96,10 @@ def to_batch(groups: Sequence[Group], temperature: float, scale: Scale, origin: 
         "temperature": torch.full((n,), temperature),
     }
     return Batch(torch.tensor(ids), torch.tensor(labels), torch.tensor(lengths), extras, origin), int(lifeless.sum())
+
+
+def summarise(groups: Sequence[Group]) -> dict[str, float]:
+    """Means over all answers: `reward`, each of its parts, and `length` in tokens."""
+    rollouts = [r for g in groups for r in g.rollouts]
+    parts = {name: fmean(r.parts[name] for r in rollouts) for name in rollouts[0].parts}
+    return {"reward": fmean(r.reward for r in rollouts), **parts, "length": fmean(len(r.completion.ids) for r in rollouts)}

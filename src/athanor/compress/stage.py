@@ -31,7 +31,7 @@ class LanguageModel(Protocol):
         """(B, T) -> (B, T, V)."""
         ...
 
-    def save(self, path: Path, /, **lineage: Any) -> Path:
+    def save(self, path: Path, **lineage: Any) -> Path:
         """Write a folder."""
         ...
 

@@ -31,7 +31,7 @@ from athanor.data.sources import (
 )
 from athanor.types import Document
 
-__all__ = ["CorpusReport", "beginning", "build", "read_documents"]
+__all__ = ["CorpusReport", "beginning", "build", "read_documents", "sample"]
 
 TRAIN, HELDOUT, HELDOUT_TEXT, MANIFEST = "train.jsonl", "heldout.jsonl", "heldout.txt", "manifest.json"
 SMALLEST_CORPUS = 64 << 10
@@ -182,6 +182,13 @@ def beginning(path: str | os.PathLike[str], size: int | None) -> list[Document]:
             size -= len(document.text)
         chosen.append(document)
     return chosen
+
+
+def sample(path: str | os.PathLike[str], size: int) -> list[Document]:
+    """About `size` characters of a JSON Lines file: the same share of every document, from its beginning."""
+    documents = list(read_documents(path))
+    share = min(1.0, size / max(1, sum(len(d.text) for d in documents)))
+    return [Document(d.text[: max(1, round(share * len(d.text)))], d.source) for d in documents]
 
 
 def _kept(

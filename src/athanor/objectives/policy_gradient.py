@@ -102,11 +102,12 @@ def build(config: PolicyConfig) -> Loss:
 @torch.no_grad()
 def add_reference(reference: CausalLM, batch: Batch, precision: Precision) -> None:
     """Put the reference's log-probabilities into `batch.extras["ref_logprobs"]`, (N,), for the KL term."""
-    at = (batch.labels != IGNORE).nonzero().squeeze(1)
+    on = batch.to(reference.device)
+    at = (on.labels != IGNORE).nonzero().squeeze(1)
     with autocast(reference.device, precision):
-        hidden = reference.hidden(batch.ids.unsqueeze(0), Packed(batch.lengths)).squeeze(0).index_select(0, at)
-        logprobs, _ = token_logprobs(hidden, reference.output_weight, batch.labels[at], batch.extras["temperature"][at])
-    batch.extras["ref_logprobs"] = torch.zeros_like(batch.extras["old_logprobs"]).index_copy_(0, at, logprobs)
+        hidden = reference.hidden(on.ids.unsqueeze(0), Packed(on.lengths)).squeeze(0).index_select(0, at)
+        logprobs, _ = token_logprobs(hidden, reference.output_weight, on.labels[at], on.extras["temperature"][at])
+    batch.extras["ref_logprobs"] = torch.zeros_like(on.extras["old_logprobs"]).index_copy_(0, at, logprobs)
 
 
 def _weights(batch: Batch, at: Tensor, normalise: str) -> tuple[Tensor, int]:

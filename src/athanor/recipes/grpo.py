@@ -12,13 +12,12 @@ import torch
 
 from athanor.align.curriculum import Curriculum
 from athanor.align.outcome import Outcome
-from athanor.align.rollouts import roll_out, to_batch
+from athanor.align.rollouts import roll_out, summarise, to_batch
 from athanor.core import config as configs
 from athanor.core import plugins
 from athanor.core.device import Precision, default_device
 from athanor.core.errors import ConfigError
 from athanor.core.stage import Stage, require
-from athanor.core.track import ConsoleTracker, JsonlTracker, Trackers
 from athanor.evals import harness, lessons, skill
 from athanor.lm import load
 from athanor.objectives import policy_gradient
@@ -28,6 +27,7 @@ from athanor.optim.schedules import warmup_cosine
 from athanor.tokenizer.chat import render
 from athanor.train.loop import Hook, fit
 from athanor.train.state import StateStore
+from athanor.train.watch import watching
 from athanor.types import Batch, Completion, Rollout, SamplingParams
 
 POSITIONAL = ("run",)
@@ -71,7 +71,7 @@ def main(config: Config) -> int:
             raise ConfigError(f"{name} ({getattr(config, name)}) must be at least {least}")
     if not config.temperature > 0:
         raise ConfigError(f"temperature ({config.temperature}) must be above 0: equal answers teach nothing")
-    stage = Stage(config.run, "grpo", configs.to_dict(config) | {"run": "", "save_seconds": None})
+    stage = Stage(config.run, "grpo", configs.to_dict(config) | {"run": "", "save_seconds": None, "skills": _names(config)})
     if stage.record is None:
         _train(config, stage)
     first, last = (stage.record or {})["curve"][0], (stage.record or {})["curve"][-1]
@@ -85,9 +85,9 @@ def _train(config: Config, stage: Stage) -> None:
     lm = load(run, "sft")
     model, tokenizer = lm.model.to(default_device()), lm.tokenizer
     reference = load(run, "sft").model.to(default_device()) if config.policy.kl > 0 else None
-    rewards = {n: (w, plugins.require("align.rewards", n, "reward").reward) for n, w in config.rewards.items()}
+    rewards = [(w, plugins.require("align.rewards", name, "reward").reward) for name, w in config.rewards.items()]
     engine = lm.engine(max_batch=config.prompts * config.group, precision=config.precision)
-    curriculum = Curriculum(skill.names() if config.skills is None else list(config.skills))
+    curriculum = Curriculum(_names(config))
     store = StateStore(
         run / "state" / "grpo", stage.settings | {"parent": lm.lineage["weights"], "threads": torch.get_num_threads()}
     )
@@ -103,8 +103,8 @@ def _train(config: Config, stage: Stage) -> None:
         def reward(p: int, completion: Completion) -> Rollout:
             r = harness.judge(engine, examples[p], completion)
             outcome = Outcome(r.correct, r.well_formed, r.stopped, r.tokens)
-            parts = {name: weight * fn(outcome) for name, (weight, fn) in rewards.items()}
-            return Rollout(completion, sum(parts.values()), {"correct": r.correct, "format": float(r.well_formed), **parts})
+            total = sum(weight * fn(outcome) for weight, fn in rewards)
+            return Rollout(completion, total, {"accuracy": r.correct, "format": float(r.well_formed)})
 
         model.eval()
         questions = [render(tokenizer, e.conversation[:1], generation_prompt=True).ids for e in examples]
@@ -114,37 +114,33 @@ def _train(config: Config, stage: Stage) -> None:
         batch, dead = to_batch(groups, config.temperature, config.scale, f"rollouts of step {step}")
         if reference is not None:
             policy_gradient.add_reference(reference, batch, config.precision)
-        rollouts = [r for g in groups for r in g.rollouts]
-        per_skill: dict[str, list[float]] = defaultdict(list)
+        asked: dict[str, list[float]] = defaultdict(list)
         for example, group in zip(examples, groups, strict=True):
-            per_skill[example.skill] += [r.parts["correct"] for r in group.rollouts]
-        figures.update(
-            reward=fmean(r.reward for r in rollouts),
-            accuracy=fmean(r.parts["correct"] for r in rollouts),
-            format=fmean(r.parts["format"] for r in rollouts),
-            length=fmean(len(r.completion.ids) for r in rollouts),
-            dead_groups=dead,
-            skills={name: fmean(values) for name, values in per_skill.items()},
-        )
-        curriculum.update(figures["skills"])
+            asked[example.skill] += [r.parts["accuracy"] for r in group.rollouts]
+        rates = {name: fmean(values) for name, values in asked.items()}
+        figures.update(summarise(groups), dead_groups=dead, skills=rates)
+        curriculum.update(rates)
         return [batch]
 
-    start = store.steps()[-1] if store.steps() else 0
-    log = JsonlTracker(run / "logs" / "grpo.jsonl", last_step=start)
-    progress = fit(
-        model,
-        policy_gradient.build(config.policy),
-        batches,
-        build(model, config.optim, bf16=config.precision == "bf16"),
-        warmup_cosine(config.steps, min(5, config.steps), 0.1),
-        steps=config.steps,
-        precision=config.precision,
-        clip=config.clip,
-        store=store,
-        save_seconds=config.save_seconds,
-        hooks=[Hook(lambda step: dict(figures), 1)],
-        tracker=Trackers([ConsoleTracker("grpo", config.steps, "step", start=start), log]),
-    )
+    with watching(run, "grpo", config.steps, store) as tracker:
+        progress = fit(
+            model,
+            policy_gradient.build(config.policy),
+            batches,
+            build(model, config.optim, bf16=config.precision == "bf16"),
+            warmup_cosine(config.steps, min(5, config.steps), 0.1),
+            steps=config.steps,
+            precision=config.precision,
+            clip=config.clip,
+            store=store,
+            save_seconds=config.save_seconds,
+            hooks=[Hook(lambda step: dict(figures), 1)],
+            tracker=tracker,
+        )
     lm.save(run / "rl", parent="sft")
     stage.finish(steps=config.steps, curve=progress.history, fit=progress.seconds)
     store.clear()
+
+
+def _names(config: Config) -> list[str]:
+    return skill.names() if config.skills is None else list(config.skills)

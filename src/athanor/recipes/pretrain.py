@@ -13,7 +13,6 @@ from athanor.core import plugins
 from athanor.core.device import Precision, default_device
 from athanor.core.errors import ConfigError
 from athanor.core.stage import Stage, require
-from athanor.core.track import ConsoleTracker, JsonlTracker, Trackers
 from athanor.data import corpus, shards
 from athanor.data.pack import Rows, join
 from athanor.evals import lessons, likelihood, skill
@@ -24,6 +23,7 @@ from athanor.optim.schedules import warmup_cosine
 from athanor.tokenizer.bpe import Tokenizer
 from athanor.train.loop import Hook, fit
 from athanor.train.state import StateStore
+from athanor.train.watch import watching
 from athanor.types import Batch
 
 POSITIONAL = ("run",)
@@ -81,7 +81,7 @@ def main(config: Config) -> int:
             f"steps ({config.steps}) and accumulate ({config.accumulate}) must be at least 1, and batch_tokens"
             f" ({config.batch_tokens}) / accumulate must hold a row of context ({config.context}) tokens"
         )
-    settings = configs.to_dict(config) | {"run": "", "save_seconds": None}
+    settings = configs.to_dict(config) | {"run": "", "save_seconds": None, "skills": _names(config)}
     stage = Stage(config.run, "pretrain", settings)
     if stage.record is None:
         _train(config, stage, rows_per_step)
@@ -94,7 +94,7 @@ def _train(config: Config, stage: Stage, rows: int) -> None:
     run = config.run
     corpus_hash = require(run, "corpus")["hashes"]["train.jsonl"]
     tokenizer = Tokenizer.load(run / "tokenizer")
-    names = skill.names() if config.skills is None else list(config.skills)
+    names = _names(config)
     model_config = plugins.require("models", config.arch, "Model", "Config").Config(tokenizer.vocab_size, **asdict(config.shape))
     model = models.build(config.arch, model_config, seed=config.seed).to(default_device())
     needed = rows * config.accumulate * config.steps * config.context
@@ -110,7 +110,7 @@ def _train(config: Config, stage: Stage, rows: int) -> None:
             micro.append(join(parts))
         return micro
 
-    sample = corpus.beginning(run / "corpus" / corpus.HELDOUT, 65_536)  # enough to watch a curve by
+    sample = corpus.sample(run / "corpus" / corpus.HELDOUT, 100_000)  # enough to watch a curve by
 
     def watch(step: int) -> dict[str, Any]:
         model.eval()
@@ -120,23 +120,26 @@ def _train(config: Config, stage: Stage, rows: int) -> None:
 
     identity = stage.settings | {"corpus": corpus_hash, "tokenizer": tokenizer.hash, "threads": torch.get_num_threads()}
     store = StateStore(run / "state" / "pretrain", identity)
-    start = store.steps()[-1] if store.steps() else 0
-    log = JsonlTracker(run / "logs" / "pretrain.jsonl", last_step=start)
-    progress = fit(
-        model,
-        plugins.require("objectives", config.objective, "loss").loss,
-        batches,
-        build(model, config.optim, bf16=config.precision == "bf16"),
-        warmup_cosine(config.steps, max(1, config.steps // 20), 0.05),
-        steps=config.steps,
-        precision=config.precision,
-        clip=config.clip,
-        store=store,
-        save_seconds=config.save_seconds,
-        hooks=[Hook(watch, max(1, config.steps // 8))],
-        tracker=Trackers([ConsoleTracker("pretrain", config.steps, "step", start=start), log]),
-    )
+    with watching(run, "pretrain", config.steps, store) as tracker:
+        progress = fit(
+            model,
+            plugins.require("objectives", config.objective, "loss").loss,
+            batches,
+            build(model, config.optim, bf16=config.precision == "bf16"),
+            warmup_cosine(config.steps, max(1, config.steps // 20), 0.05),
+            steps=config.steps,
+            precision=config.precision,
+            clip=config.clip,
+            store=store,
+            save_seconds=config.save_seconds,
+            hooks=[Hook(watch, max(1, config.steps // 8))],
+            tracker=tracker,
+        )
     LM(model, tokenizer).save(run / "base", parent=None, corpus=corpus_hash)
     tokens = sum(r["tokens"] for r in progress.history)
     stage.finish(parameters=model.n_parameters(), tokens=tokens, steps=config.steps, curve=progress.history, fit=progress.seconds)
     store.clear()
+
+
+def _names(config: Config) -> list[str]:
+    return skill.names() if config.skills is None else list(config.skills)

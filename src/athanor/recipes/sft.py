@@ -11,7 +11,6 @@ from athanor.core import config as configs
 from athanor.core.device import Precision, default_device
 from athanor.core.errors import ConfigError
 from athanor.core.stage import Stage, require
-from athanor.core.track import ConsoleTracker, JsonlTracker, Trackers
 from athanor.data.pack import Rows, join
 from athanor.data.shards import TokenShard
 from athanor.evals import lessons, skill
@@ -21,6 +20,7 @@ from athanor.optim.build import OptimConfig, build
 from athanor.optim.schedules import warmup_cosine
 from athanor.train.loop import fit
 from athanor.train.state import StateStore
+from athanor.train.watch import watching
 from athanor.types import Batch
 
 POSITIONAL = ("run",)
@@ -60,7 +60,7 @@ def main(config: Config) -> int:
         raise ConfigError(f"steps ({config.steps}) and accumulate ({config.accumulate}) must be at least 1")
     if not (0 <= config.replay < 1 and 0 <= config.terse <= 1):
         raise ConfigError(f"replay ({config.replay}) must lie in [0, 1) and terse ({config.terse}) in [0, 1]: they are shares")
-    stage = Stage(config.run, "sft", configs.to_dict(config) | {"run": "", "save_seconds": None})
+    stage = Stage(config.run, "sft", configs.to_dict(config) | {"run": "", "save_seconds": None, "skills": _names(config)})
     if stage.record is None:
         _train(config, stage)
     r = stage.record or {}
@@ -73,7 +73,7 @@ def _train(config: Config, stage: Stage) -> None:
     require(run, "pretrain")
     lm = load(run, "base")
     model, tokenizer = lm.model.to(default_device()), lm.tokenizer
-    names = skill.names() if config.skills is None else list(config.skills)
+    names = _names(config)
     rows = round(config.batch_tokens * config.replay / config.accumulate / config.context)
     order = Rows(TokenShard(run / "corpus" / "train.bin", tokenizer), config.context, config.seed + 1)
     budget = config.batch_tokens // config.accumulate - rows * config.context
@@ -87,22 +87,25 @@ def _train(config: Config, stage: Stage) -> None:
 
     identity = stage.settings | {"parent": lm.lineage["weights"], "threads": torch.get_num_threads()}
     store = StateStore(run / "state" / "sft", identity)
-    start = store.steps()[-1] if store.steps() else 0
-    log = JsonlTracker(run / "logs" / "sft.jsonl", last_step=start)
-    progress = fit(
-        model,
-        next_token.loss,
-        batches,
-        build(model, config.optim, bf16=config.precision == "bf16"),
-        warmup_cosine(config.steps, max(1, config.steps // 20), 0.05),
-        steps=config.steps,
-        precision=config.precision,
-        clip=config.clip,
-        store=store,
-        save_seconds=config.save_seconds,
-        tracker=Trackers([ConsoleTracker("sft", config.steps, "step", start=start), log]),
-    )
+    with watching(run, "sft", config.steps, store) as tracker:
+        progress = fit(
+            model,
+            next_token.loss,
+            batches,
+            build(model, config.optim, bf16=config.precision == "bf16"),
+            warmup_cosine(config.steps, max(1, config.steps // 20), 0.05),
+            steps=config.steps,
+            precision=config.precision,
+            clip=config.clip,
+            store=store,
+            save_seconds=config.save_seconds,
+            tracker=tracker,
+        )
     lm.save(run / "sft", parent="base")
     totals = {key: sum(r[key] for r in progress.history) for key in ("tokens", "targets")}
     stage.finish(steps=config.steps, skills=names, curve=progress.history, fit=progress.seconds, **totals)
     store.clear()
+
+
+def _names(config: Config) -> list[str]:
+    return skill.names() if config.skills is None else list(config.skills)

@@ -54,7 +54,7 @@ def train_step(
     sums: dict[str, Tensor] = {}
     for batch in batches:
         with autocast(device, precision):
-            loss, targets, metrics = objective(model, batch)
+            loss, targets, metrics = objective(model, batch.to(device))
         if not torch.isfinite(loss):
             raise NonFiniteLossError(f"the loss of batch {batch.origin!r} is {loss.item()}")
         loss.backward()

@@ -1,0 +1,122 @@
+"""Prove on a model that the laws of the house hold: what is trained, served, evaluated and exported is the same.
+
+    athanor verify runs/first
+    athanor verify runs/first/int8 --json
+
+Everything is computed in float32 on small probes, so a model of a few million parameters takes seconds. Training happens on
+copies; the folder is only read. Exit status 1 when a law does not hold.
+"""
+
+from __future__ import annotations
+
+import copy
+import json
+import tempfile
+from collections.abc import Callable, Sequence
+from dataclasses import asdict, dataclass
+from importlib.util import find_spec
+from pathlib import Path
+from typing import Any
+
+import torch
+from rich.console import Console
+from rich.table import Table
+from rich.text import Text
+from torch import Tensor
+
+from athanor.align.rollouts import roll_out, to_batch
+from athanor.compress import formats
+from athanor.core.errors import VerificationError
+from athanor.data.pack import join, pack
+from athanor.evals import laws
+from athanor.lm import LM, load
+from athanor.train import laws as training
+from athanor.types import Completion, Finding, Rollout, SamplingParams
+
+POSITIONAL = ("path",)
+ROLLOUT = SamplingParams(temperature=0.7, top_p=0.9, max_tokens=24)
+
+
+@dataclass(frozen=True)
+class Config:
+    path: Path
+    """A checkpoint folder, or a run folder (its last checkpoint)."""
+    checkpoint: str | None = None
+    """Which checkpoint of a run folder: base, sft, rl, int8, int4 ...; by default the run's own choice."""
+    json: bool = False
+    """Print the findings as JSON instead of a table."""
+
+
+def main(config: Config) -> None:
+    lm = load(config.path, config.checkpoint)
+    findings = verify(lm)
+    failed = [f for f in findings if not f.passed]
+    if config.json:
+        print(json.dumps({"model": lm.name, "passed": not failed, "findings": [_plain(f) for f in findings]}, indent=1))
+    else:
+        _show(lm.name, findings)
+    if failed:
+        broken = "; ".join(f"{f.law}, {f.compared}: {f.value:.3g}, and at most {f.tolerance:g} is allowed" for f in failed)
+        raise VerificationError(
+            f"{lm.path} breaks {len(failed)} of {len(findings)} checks ({broken}): do not trust what it says when trained, served"
+            " or exported; copy it again or reinstall athanor, and report it if that does not help"
+        )
+
+
+def verify(lm: LM) -> list[Finding]:
+    """All findings on `lm`, in the order of the laws."""
+    quantised = bool(formats.describe(lm.model))
+    model = lm.model if quantised or lm.model.output_weight.dtype == torch.float32 else copy.deepcopy(lm.model).float()
+    probes = laws.sequences(lm.tokenizer, lm.config.max_positions)
+    batches = [pack([s], f"probe {i}") for i, s in enumerate(probes)]
+    prompts = [s.ids[: lm.config.max_positions // 2] for s in probes[:3]]
+    exact = LM(model, lm.tokenizer)
+    groups = roll_out(exact.engine(), prompts, 4, ROLLOUT, _alternating)
+    rollouts, _ = to_batch(groups, ROLLOUT.temperature, "std", "rollouts")
+    findings = laws.one_renderer(lm.tokenizer) + laws.one_model(model, lm.tokenizer)
+    findings.append(laws.packed_is_separate(model, join(batches)))
+    with tempfile.TemporaryDirectory() as folder:
+        if quantised:
+            reason = "the model is quantised: it answers and is not trained"
+            findings += [Finding(law, what, skipped=reason) for law, what in (("L3", "accumulated and whole"), ("L4", "resumed"))]
+        else:
+            findings.append(training.accumulated_is_whole(model, batches))
+            findings.append(training.resumed_is_uninterrupted(model, batches, Path(folder, "state")))
+        findings.append(laws.rollout_is_trainer(model, rollouts))
+        saved = lm.save(Path(folder, "saved"))
+        ids = probes[2].ids
+        findings.append(laws.same_logits("saved and loaded again", lm.model, load(saved).model, ids, exactly=True))
+        findings.append(_transformers(exact, saved, quantised, ids))
+    return findings
+
+
+def _alternating(_: int, completion: Completion) -> Rollout:
+    """A reward with which no group is dead."""
+    return Rollout(completion, float(completion.request_id.endswith(("0", "2"))), {})
+
+
+def _transformers(lm: LM, folder: Path, quantised: bool, ids: Sequence[int]) -> Finding:
+    if quantised or not find_spec("transformers"):
+        reason = "the model is quantised: other programs round otherwise" if quantised else "transformers is not installed"
+        return Finding("L7", "ours and transformers", skipped=reason)
+    from transformers import AutoModelForCausalLM
+    from transformers.utils import logging
+
+    logging.disable_progress_bar()
+    theirs = AutoModelForCausalLM.from_pretrained(folder, dtype=torch.float32)
+    other: Callable[[Tensor], Tensor] = lambda tensor: theirs(tensor).logits  # noqa: E731  # a name for its type
+    return laws.same_logits("ours and transformers", lm.model, other, ids, exactly=False)
+
+
+def _plain(finding: Finding) -> dict[str, Any]:
+    finite = finding.value is None or abs(finding.value) < float("inf")
+    return asdict(finding) | {"passed": finding.passed, "value": finding.value if finite else str(finding.value)}
+
+
+def _show(name: str, findings: Sequence[Finding]) -> None:
+    table = Table("law", "compared", "distance", "allowed", "", title=f"The laws of the house on {name}")
+    for f in findings:
+        verdict = Text("skipped", "yellow") if f.skipped else Text("holds", "green") if f.passed else Text("BROKEN", "bold red")
+        value = "" if f.value is None else f"{f.value:.2g}"
+        table.add_row(f.law, f"{f.compared}: {f.skipped}" if f.skipped else f.compared, value, f"{f.tolerance:g}", verdict)
+    Console().print(table)
