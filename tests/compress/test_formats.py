@@ -253,6 +253,7 @@ REMEDY = "copy the file again, or make the folder anew with `athanor quantize`"
         (setting(None, *W), r"group_0\.weights is None but must be a table"),
         (setting(3, *W, "num_bits"), r"weights\.num_bits is 3 but must be 8 or 4"),
         (setting([8], *W, "num_bits"), r"weights\.num_bits is \[8\] but must be 8 or 4"),
+        (setting(8.0, *W, "num_bits"), r"weights\.num_bits is 8\.0 but must be 8 or 4"),
         (setting("float", *W, "type"), r"weights\.type is 'float' but must be 'int'"),
         (setting(False, *W, "symmetric"), r"weights\.symmetric is False but must be True"),
         (setting(True, *W, "dynamic"), r"weights\.dynamic is True but must be False or None"),
@@ -265,6 +266,7 @@ REMEDY = "copy the file again, or make the folder anew with `athanor quantize`"
         ),
         (setting(4, *W, "num_bits"), r"weights\.strategy is 'channel' but must be 'group' for 4 bits"),
         (setting("group", *W, "strategy"), r"weights\.group_size is None but must be 32, 64 or 128"),
+        (setting(["re:("], C, "ignore"), r"ignore is 're:\(' but must be a name or 're:' and a regular expression \(missing"),
         (setting("lm_head", C, "ignore"), r"ignore is 'lm_head' but must be a list of names"),
         (setting([], C, "ignore"), r"ignore leaves out nothing of lm_head, but the output is never quantised here"),
         (setting(["lm_head", Q[:-1]], C, "ignore"), rf"ignore leaves out {Q[:-1]} of {Q[:-1]}, .* but these are one matrix here"),
@@ -281,6 +283,10 @@ def test_a_group_that_does_not_divide_a_width_is_refused(folder):
         fields["quantization_config"]["config_groups"]["group_0"]["weights"] |= {"strategy": "group", "group_size": 64}
 
     refused(folder("int8")[1], r"quantization_config: group \(64\) must divide the 32 columns of blocks\.0", change=change)
+
+
+def test_a_group_size_that_is_no_whole_number_is_refused(folder):
+    refused(folder("int4")[1], r"weights\.group_size is 32\.0 but must be 32, 64 or 128", change=setting(32.0, *W, "group_size"))
 
 
 def test_fields_without_a_meaning_for_inference_are_no_hindrance(folder, ids):

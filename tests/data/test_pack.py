@@ -10,7 +10,7 @@ from hypothesis import given
 from hypothesis import strategies as st
 
 from athanor.core.errors import ConfigError, DataError
-from athanor.data.pack import Rows, join, pack
+from athanor.data.pack import Rows, fill, join, pack
 from athanor.data.shards import TokenShard, write_tokens
 from athanor.tokenizer.chat import Rendered, render
 from athanor.types import IGNORE, Batch, Document
@@ -166,3 +166,21 @@ def test_a_shard_shorter_than_a_row_is_refused():
     Rows(shard_of([10]), 9, 0)
     with pytest.raises(ConfigError, match=r"row length \(10\) must be below the 10 tokens of the shard: lower it"):
         Rows(shard_of([10]), 10, 0)
+
+
+def test_fill_adds_one_unsupervised_sequence_and_changes_nothing_else():
+    batch = Batch(
+        torch.tensor([5, 6, 7]),
+        torch.tensor([6, IGNORE, 8]),
+        torch.tensor([2, 1]),
+        {"temperature": torch.tensor([0.5, 0.5, 0.5]), "weight": torch.tensor([1.0, 2.0])},
+        origin="here",
+    )
+    filled = fill(batch, 8)
+    assert filled.ids.tolist() == [5, 6, 7, 0, 0, 0, 0, 0]
+    assert filled.labels.tolist() == [6, IGNORE, 8, *[IGNORE] * 5]
+    assert filled.lengths.tolist() == [2, 1, 5]
+    assert filled.extras["temperature"].tolist() == [0.5, 0.5, 0.5, *[1.0] * 5]
+    assert filled.extras["weight"].tolist() == [1.0, 2.0, 0.0]
+    assert filled.origin == "here"
+    assert fill(filled, 8) is filled

@@ -188,20 +188,26 @@ def _read(config: Any) -> tuple[int, int | None, list[str]]:
     weights = _table(f"{where}.weights", scheme.get("weights"))
     _check_fields(f"{where}.weights", weights, _WEIGHTS_MUST, _WEIGHTS_MAY)
     bits, group, by_group = weights["num_bits"], weights.get("group_size"), weights["strategy"] == "group"
-    if by_group and group not in rtn.GROUPS:
+    if by_group and (type(group) is not int or group not in rtn.GROUPS):
         raise _wrong(f"{where}.weights.group_size", group, "32, 64 or 128")
     if not by_group and (bits == 4 or group not in (None, -1)):
         raise _wrong(f"{where}.weights.strategy", "channel", "'group' for 4 bits or where there is a group_size")
     ignored = config.get("ignore") or []
     if not isinstance(ignored, list) or not all(isinstance(name, str) for name in ignored):
         raise _wrong(f"{_FIELD}.ignore", ignored, "a list of names")
+    for name in ignored:
+        try:
+            _matches("", name)
+        except re.error as error:
+            raise _wrong(f"{_FIELD}.ignore", name, f"a name or 're:' and a regular expression ({error})") from error
     return bits, group if by_group else None, ignored
 
 
 def _check_fields(where: str, table: Mapping[str, Any], must: Mapping[str, tuple[Any, ...]], may: tuple[str, ...]) -> None:
     for field, allowed in must.items():
-        if table.get(field) not in allowed:
-            raise _wrong(f"{where}.{field}", table.get(field), " or ".join(map(repr, allowed)))
+        value = table.get(field)
+        if not any(value == one and type(value) is type(one) for one in allowed):  # 8.0 and True are no numbers of bits
+            raise _wrong(f"{where}.{field}", value, " or ".join(map(repr, allowed)))
     for field, value in table.items():
         if field not in must and field not in may and value not in (None, {}, []):
             raise _wrong(f"{where}.{field}", value, "absent, since it means something that is not computed here")

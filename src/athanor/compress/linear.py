@@ -66,10 +66,11 @@ class QuantLinear(nn.Module):
         return y if self.bias is None else y + self.bias.to(y.dtype)
 
     def _whole(self, x: Tensor) -> Tensor:
-        if self.group or x.dtype == torch.float16:  # x q^T could leave the range of float16
+        many = x.numel() > self.in_features**2
+        if self.group or many or x.dtype == torch.float16:  # x q^T could leave the range of float16
             return F.linear(x, self.dequantised().to(x.dtype))
-        # Whole numbers up to 128 are exact in every other dtype, so a row's scale may as well wait for the product.
-        return F.linear(x, self.codes.to(x.dtype)) * self.weight_scale[:, 0].to(x.dtype)
+        # Whole numbers up to 128 are exact in every other dtype, so a row's scale may wait for the product while that is smaller.
+        return F.linear(x, self.codes.to(x.dtype)).mul_(self.weight_scale[:, 0].to(x.dtype))
 
     def _suits(self, x: Tensor) -> bool:
         """Whether torch's kernels take x. They check little: the one for 8 bits reads past the end of odd widths."""

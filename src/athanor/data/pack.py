@@ -10,6 +10,7 @@ from typing import Protocol
 
 import numpy as np
 import torch
+import torch.nn.functional as F
 
 from athanor.core.errors import ConfigError, DataError
 from athanor.data.shards import TokenShard
@@ -53,6 +54,27 @@ def join(batches: Sequence[Batch]) -> Batch:
         lengths=torch.cat([b.lengths for b in batches]),
         extras={k: torch.cat([b.extras[k] for b in batches]) for k in batches[0].extras},
         origin=" + ".join(b.origin for b in batches),
+    )
+
+
+def fill(batch: Batch, multiple: int = 256) -> Batch:
+    """The batch with one more sequence that nothing is learned from, so that its tokens are a multiple of `multiple`.
+
+    Batches of ever new sizes make oneDNN prepare code for each, which takes a sixth of a step and is kept (docs/log.md).
+    """
+    missing = -len(batch.ids) % multiple
+    if missing == 0:
+        return batch
+    extras = {
+        k: F.pad(v, (0, missing if len(v) == len(batch.ids) else 1), value=1 if k == "temperature" else 0)
+        for k, v in batch.extras.items()
+    }
+    return Batch(
+        ids=F.pad(batch.ids, (0, missing)),
+        labels=F.pad(batch.labels, (0, missing), value=IGNORE),
+        lengths=F.pad(batch.lengths, (0, 1), value=missing),
+        extras=extras,
+        origin=batch.origin,
     )
 
 

@@ -11,6 +11,9 @@ from athanor.core.device import Precision, autocast
 from athanor.models.base import CausalLM
 from athanor.nn.cache import Decode, KVCache, Prefill
 
+# Rows that no sequence owns are read along up to a multiple of this: few shapes, for each of which oneDNN prepares code.
+_ROWS = 16
+
 
 class Runner:
     """A model and its cache.
@@ -56,12 +59,13 @@ class Runner:
     @torch.inference_mode()
     def decode(self, tokens: Sequence[int], lengths: Sequence[int]) -> Tensor:
         """Read one token into each of the first R rows, which hold `lengths` tokens: logits of the next, (R, V) float32."""
-        device = self.model.device
-        self.cache.reserve(len(tokens), max(lengths) + 1)
-        ctx = Decode(self.cache, torch.tensor(lengths, device=device))
+        device, rows = self.model.device, len(tokens)
+        idle = -rows % _ROWS if rows > _ROWS else 0
+        self.cache.reserve(rows + idle, max(lengths) + 1)
+        ctx = Decode(self.cache, torch.tensor([*lengths, *[0] * idle], device=device))
         with autocast(device, self.precision):
-            hidden = self.model.hidden(torch.tensor(tokens, device=device).unsqueeze(1), ctx)
-            return self.model.logits(hidden[:, 0]).float()
+            hidden = self.model.hidden(torch.tensor([*tokens, *[0] * idle], device=device).unsqueeze(1), ctx)
+            return self.model.logits(hidden[:, 0])[:rows].float()
 
     @torch.inference_mode()
     def move(self, moves: Sequence[tuple[int, int]], positions: int) -> None:

@@ -10,6 +10,7 @@ from __future__ import annotations
 from typing import Any, Protocol
 
 import torch
+import torch.nn.functional as F
 from torch import Tensor
 
 from athanor.nn.sdpa import causal_attention
@@ -80,6 +81,8 @@ class Packed:
     """
 
     _WASTE = 1.5  # within a rectangle the longest sequence is at most this many times the shortest
+    # Rectangles come in few sizes, since oneDNN prepares (and keeps) code for each: these are what sides are rounded up to.
+    _LONG, _MANY = 16, 8
 
     def __init__(self, lengths: Tensor) -> None:
         device = lengths.device
@@ -101,15 +104,16 @@ class Packed:
             while last < len(order) and sizes[order[last]] <= self._WASTE * sizes[order[first]]:
                 last += 1
             members = torch.tensor(order[first:last], device=device)
-            longest = sizes[order[last - 1]]
+            longest = -(-sizes[order[last - 1]] // self._LONG) * self._LONG
             step = torch.arange(longest, device=device)
             inside = step < lengths[members, None]  # (members, longest)
             where = torch.where(inside, starts[members, None] + step, 0)
             slots = row + torch.arange(where.numel(), device=device).view_as(where)
             inverse[where[inside]] = slots[inside]
-            index.append(where.flatten())
-            self._groups.append((row, last - first, longest))
-            row += where.numel()
+            count = last - first if last - first < self._MANY else -(-(last - first) // self._MANY) * self._MANY
+            index.append(F.pad(where, (0, 0, 0, count - (last - first))).flatten())
+            self._groups.append((row, count, longest))
+            row += count * longest
             first = last
         self._index, self._inverse = torch.cat(index), inverse
 

@@ -5,6 +5,7 @@ from __future__ import annotations
 from typing import Any
 
 import torch
+import torch.nn.functional as F
 from torch import Tensor
 
 from athanor.nn.norms import compute_dtype
@@ -12,8 +13,16 @@ from athanor.nn.norms import compute_dtype
 _CHUNK_ELEMENTS = 1 << 22  # logits in flight: 16 MiB of float32, small enough to stay near the cache
 
 
+_LEVEL = 256  # rows of a matrix product are filled up to a multiple of this
+
+
 def _chunk_rows(vocab: int) -> int:
-    return max(128, _CHUNK_ELEMENTS // vocab)
+    return max(_LEVEL, _CHUNK_ELEMENTS // vocab // _LEVEL * _LEVEL)
+
+
+def _level(x: Tensor) -> Tensor:
+    """Rows of zeros after the last, so that batches of any size come as few shapes: oneDNN prepares (and keeps) code for each."""
+    return F.pad(x, (0, 0, 0, -x.shape[0] % _LEVEL))
 
 
 class _LinearCrossEntropy(torch.autograd.Function):
@@ -31,15 +40,15 @@ class _LinearCrossEntropy(torch.autograd.Function):
         rows = _chunk_rows(weight.shape[0])
         for start in range(0, hidden.shape[0], rows):
             at = slice(start, start + rows)
-            h, y = hidden[at].to(dtype), targets[at, None]
-            logprobs = torch.log_softmax(torch.mm(h, w.t()).float(), dim=1)
+            h, y = _level(hidden[at].to(dtype)), targets[at, None]
+            logprobs = torch.log_softmax(torch.mm(h, w.t())[: len(y)].float(), dim=1)
             picked = logprobs.gather(1, y)
             correct += (picked >= logprobs.amax(dim=1, keepdim=True)).sum()
             total -= picked.sum(dtype=torch.float64)
             if any(need):
-                grad = logprobs.exp_().scatter_add_(1, y, torch.full_like(picked, -1.0)).to(dtype)
+                grad = _level(logprobs.exp_().scatter_add_(1, y, torch.full_like(picked, -1.0)).to(dtype))
             if d_hidden is not None:
-                d_hidden[at] = torch.mm(grad, w)
+                d_hidden[at] = torch.mm(grad, w)[: len(y)]
             if d_weight is not None:
                 d_weight += torch.mm(grad.t(), h)
         ctx.save_for_backward(d_hidden, d_weight)
@@ -86,10 +95,11 @@ class _TokenLogProbs(torch.autograd.Function):
         rows = _chunk_rows(weight.shape[0])
         for start in range(0, hidden.shape[0], rows):
             at = slice(start, start + rows)
-            logits = torch.mm(hidden[at].to(dtype), w.t()).float().mul_(scale[at, None])
+            h, y = _level(hidden[at].to(dtype)), targets[at, None]
+            logits = torch.mm(h, w.t())[: len(y)].float().mul_(scale[at, None])
             norm = torch.logsumexp(logits, dim=1, keepdim=True)
             norms[at] = norm.squeeze(1)
-            logprobs[at] = (logits.gather(1, targets[at, None]) - norm).squeeze(1)
+            logprobs[at] = (logits.gather(1, y) - norm).squeeze(1)
             logits.sub_(norm)
             entropy[at] = -(logits.exp() * logits).sum(1)
         ctx.save_for_backward(hidden, weight, targets, scale, norms)
@@ -107,11 +117,11 @@ class _TokenLogProbs(torch.autograd.Function):
         rows = _chunk_rows(weight.shape[0])
         for start in range(0, hidden.shape[0], rows):
             at = slice(start, start + rows)
-            h = hidden[at].to(dtype)
+            h, y = _level(hidden[at].to(dtype)), targets[at, None]
             factor = (upstream[at] * scale[at])[:, None]
-            probs = torch.mm(h, w.t()).float().mul_(scale[at, None]).sub_(norms[at, None]).exp_()
-            grad = probs.mul_(-factor).scatter_add_(1, targets[at, None], factor).to(dtype)
-            d_hidden[at] = torch.mm(grad, w)
+            probs = torch.mm(h, w.t())[: len(y)].float().mul_(scale[at, None]).sub_(norms[at, None]).exp_()
+            grad = _level(probs.mul_(-factor).scatter_add_(1, y, factor).to(dtype))
+            d_hidden[at] = torch.mm(grad, w)[: len(y)]
             d_weight += torch.mm(grad.t(), h)
         return d_hidden, d_weight.to(weight.dtype), None, None, None
 

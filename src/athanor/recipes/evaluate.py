@@ -57,9 +57,10 @@ def main(config: Config) -> int:
     out = config.out or folder.parent / "eval" / f"{folder.name}.json"
     io.write_json(out, record)
     a, bits = record["accuracy"], record["bits_per_byte"]
+    text = "" if bits is None else f" {bits:.3f} bits per byte,"
     print(
         f"{folder.name}: accuracy {a['value']:.1%} [{a['low']:.1%}, {a['high']:.1%}] on {a['n']} problems,"
-        f" format {record['format_rate']:.1%}, stop {record['stop_rate']:.1%}, bits per byte {'not measured' if bits is None else f'{bits:.3f}'}, in {out}"
+        f" format {record['format_rate']:.1%}, stop {record['stop_rate']:.1%},{text} in {out}"
     )
     return 0
 

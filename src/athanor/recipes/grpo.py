@@ -18,6 +18,7 @@ from athanor.core import plugins
 from athanor.core.device import Precision, default_device
 from athanor.core.errors import ConfigError
 from athanor.core.stage import Stage, require
+from athanor.data.pack import fill
 from athanor.evals import harness, lessons, skill
 from athanor.lm import load
 from athanor.objectives import policy_gradient
@@ -120,7 +121,7 @@ def _train(config: Config, stage: Stage) -> None:
         rates = {name: fmean(values) for name, values in asked.items()}
         figures.update(summarise(groups), dead_groups=dead, skills=rates)
         curriculum.update(rates)
-        return [batch]
+        return [fill(batch)]
 
     with watching(run, "grpo", config.steps, store) as tracker:
         progress = fit(

@@ -14,7 +14,7 @@ from athanor.core.device import Precision, default_device
 from athanor.core.errors import ConfigError
 from athanor.core.stage import Stage, require
 from athanor.data import corpus, shards
-from athanor.data.pack import Rows, join
+from athanor.data.pack import Rows, fill, join
 from athanor.evals import lessons, likelihood, skill
 from athanor.lm import LM
 from athanor.models import io as models
@@ -107,7 +107,7 @@ def _train(config: Config, stage: Stage, rows: int) -> None:
             parts = [order.batch(i * rows, rows)]
             if skill_tokens:
                 parts.append(lessons.batch(tokenizer, names, "text", config.seed * 1_000_003 + i, skill_tokens))
-            micro.append(join(parts))
+            micro.append(fill(join(parts)))
         return micro
 
     sample = corpus.sample(run / "corpus" / corpus.HELDOUT, 100_000)  # enough to watch a curve by

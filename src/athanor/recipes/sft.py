@@ -11,7 +11,7 @@ from athanor.core import config as configs
 from athanor.core.device import Precision, default_device
 from athanor.core.errors import ConfigError
 from athanor.core.stage import Stage, require
-from athanor.data.pack import Rows, join
+from athanor.data.pack import Rows, fill, join
 from athanor.data.shards import TokenShard
 from athanor.evals import lessons, skill
 from athanor.lm import load
@@ -82,7 +82,7 @@ def _train(config: Config, stage: Stage) -> None:
         micro = []
         for i in range(step * config.accumulate, (step + 1) * config.accumulate):
             lesson = lessons.batch(tokenizer, names, "chat", config.seed * 1_000_003 + 500_000_000 + i, budget, config.terse)
-            micro.append(join([lesson, order.batch(i * rows, rows)]) if rows else lesson)
+            micro.append(fill(join([lesson, order.batch(i * rows, rows)]) if rows else lesson))
         return micro
 
     identity = stage.settings | {"parent": lm.lineage["weights"], "threads": torch.get_num_threads()}

@@ -66,7 +66,7 @@ def main(config: Config) -> None:
 def verify(lm: LM) -> list[Finding]:
     """All findings on `lm`, in the order of the laws."""
     quantised = bool(formats.describe(lm.model))
-    model = lm.model if quantised or lm.model.output_weight.dtype == torch.float32 else copy.deepcopy(lm.model).float()
+    model = lm.model if lm.model.output_weight.dtype == torch.float32 else copy.deepcopy(lm.model).float()
     probes = laws.sequences(lm.tokenizer, lm.config.max_positions)
     batches = [pack([s], f"probe {i}") for i, s in enumerate(probes)]
     prompts = [s.ids[: lm.config.max_positions // 2] for s in probes[:3]]

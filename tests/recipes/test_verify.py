@@ -1,0 +1,127 @@
+"""`athanor verify`: a table, JSON for programs, and a clear message when a law is broken."""
+
+import json
+
+import pytest
+import torch
+
+from athanor import cli
+from athanor.compress.apply import compress
+from athanor.core.errors import VerificationError
+from athanor.lm import LM, load
+from athanor.models import llama
+from athanor.nn import cache
+from athanor.recipes import verify
+
+LAWS = ["L1", "L1", "L2", "L2", "L3", "L3", "L4", "L6", "L7", "L7"]
+
+
+@pytest.fixture(scope="module")
+def folder(lm, tmp_path_factory):
+    return lm.save(tmp_path_factory.mktemp("run") / "base")
+
+
+def run(capsys, *arguments):
+    """Exit status, standard output and standard error of the command line, without what a terminal's width does to them."""
+    status = cli.main(["verify", *map(str, arguments)])
+    out, err = capsys.readouterr()
+    return status, out, " ".join(err.split())
+
+
+def test_a_sound_model(folder, capsys):
+    before = {p.name: p.read_bytes() for p in folder.iterdir()}
+    status, out, err = run(capsys, folder)
+    assert (status, err) == (0, "")
+    assert "The laws of the house on" in out and f"{folder.parent.name}/base" in out
+    assert out.count("holds") == len(LAWS) and "BROKEN" not in out and "skipped" not in out
+    assert before == {p.name: p.read_bytes() for p in folder.iterdir()}
+
+
+def test_json_for_programs(folder, capsys):
+    status, out, _ = run(capsys, folder.parent, "--checkpoint", "base", "--json")
+    report = json.loads(out)
+    assert status == 0 and report["passed"] is True
+    assert [f["law"] for f in report["findings"]] == LAWS
+    for finding in report["findings"]:
+        assert finding.keys() == {"law", "compared", "value", "tolerance", "skipped", "passed"}
+        assert finding["passed"] and 0 <= finding["value"] <= finding["tolerance"]
+    by_law = {f["law"]: f for f in report["findings"]}
+    assert "transformers" in by_law["L7"]["compared"]
+    assert by_law["L4"]["tolerance"] == 0
+
+
+def test_a_broken_model_fails_with_a_clear_message(folder, capsys, monkeypatch):
+    true_attention = cache.decode_attention
+    monkeypatch.setattr(cache, "decode_attention", lambda q, k, v, mask: true_attention(q, k, v, mask) * 1.05)
+    status, out, err = run(capsys, folder)
+    assert status == 1
+    assert out.count("BROKEN") == 2
+    assert f"{folder} breaks 2 of 10 checks (L2, cached and uncached: log-probabilities of" in err
+    assert "; L6, rollout and trainer: log-probabilities of" in err and "and at most 0.0001 is allowed" in err
+    assert err.endswith("copy it again or reinstall athanor, and report it if that does not help")
+    status, out, _ = run(capsys, folder, "--json")
+    assert status == 1 and json.loads(out)["passed"] is False
+
+
+def test_an_export_that_only_we_can_read_is_seen(folder, monkeypatch):
+    """Our own round trip is sound: the fault is in what others read."""
+    true_to, true_from = llama.Config.to_hf, llama.Config.from_hf.__func__
+    double = {"rope_theta": 20_000.0, "rope_parameters": {"rope_theta": 20_000.0, "rope_type": "default"}}
+    lm = load(folder)
+    monkeypatch.setattr(llama.Config, "to_hf", lambda self: true_to(self) | double)
+    halve = {"rope_parameters": {"rope_theta": 10_000.0}}
+    monkeypatch.setattr(llama.Config, "from_hf", classmethod(lambda cls, fields: true_from(cls, {**fields, **halve})))
+    broken = [f for f in verify.verify(lm) if not f.passed]
+    assert [f.compared.split(":")[0] for f in broken] == ["ours and transformers"]
+
+
+def test_a_save_that_loses_bits_is_seen(folder, monkeypatch):
+    lm = load(folder)
+    true_to = llama.Model.to_hf
+    monkeypatch.setattr(llama.Model, "to_hf", lambda self, state: {k: v.half().float() for k, v in true_to(self, state).items()})
+    broken = [f.compared.split(":")[0] for f in verify.verify(lm) if not f.passed]
+    assert "saved and loaded again" in broken
+
+
+def test_without_transformers_the_export_is_skipped_and_says_so(folder, monkeypatch):
+    for module in (verify, verify.laws):
+        monkeypatch.setattr(module, "find_spec", lambda name: None)
+    findings = verify.verify(load(folder))
+    assert [f.law for f in findings] == LAWS and all(f.passed for f in findings)
+    assert findings[-1].skipped == "transformers is not installed"
+
+
+@pytest.mark.parametrize("bits", [8, 4])
+def test_a_quantised_model_is_not_trained_and_says_so(tiny, tokenizer, tmp_path, capsys, bits):
+    LM(compress(tiny(), bits), tokenizer).save(tmp_path / "small")
+    status, out, err = run(capsys, tmp_path / "small", "--json")
+    assert status == 0, err
+    findings = json.loads(out)["findings"]
+    assert [f["law"] for f in findings] == LAWS
+    reasons = {(f["law"], f["skipped"]) for f in findings if f["skipped"]}
+    quantised = "the model is quantised: "
+    assert reasons == {
+        ("L3", quantised + "it answers and is not trained"),
+        ("L4", quantised + "it answers and is not trained"),
+        ("L7", quantised + "other programs round otherwise"),
+    }
+    assert all(f["value"] is None for f in findings if f["skipped"])
+
+
+def test_a_bfloat16_model_is_verified_in_float32_and_saved_as_it_is(tiny, tokenizer, tmp_path):
+    LM(tiny().to(torch.bfloat16), tokenizer).save(tmp_path / "half")
+    lm = load(tmp_path / "half")
+    assert lm.model.output_weight.dtype == torch.bfloat16
+    assert all(f.passed for f in verify.verify(lm))
+    assert lm.model.output_weight.dtype == torch.bfloat16
+
+
+def test_findings_that_are_not_numbers_are_told_in_json():
+    assert verify._plain(verify.Finding("L7", "x", float("inf")))["value"] == "inf"
+    assert verify._plain(verify.Finding("L7", "x", float("nan")))["value"] == "nan"
+
+
+def test_the_error_is_of_its_own_kind(folder, monkeypatch):
+    monkeypatch.setattr(verify, "verify", lambda lm: [verify.Finding("L4", "resumed", 3.0)])
+    with pytest.raises(VerificationError, match=r"breaks 1 of 1 checks \(L4, resumed: 3, and at most 0 is allowed\)"):
+        verify.main(verify.Config(folder))

@@ -1,0 +1,60 @@
+"""The laws of the loop hold, and are broken by the faults that they are there for."""
+
+import pytest
+import torch
+
+from athanor.objectives import next_token
+from athanor.train import laws
+from athanor.train.state import StateStore
+
+
+@pytest.fixture
+def batches(ragged):
+    return [ragged(9, 2, seed=1), ragged(30, seed=2), ragged(4, 4, 5, seed=3)]
+
+
+@pytest.fixture
+def model(tiny):
+    return tiny()
+
+
+def test_both_hold_and_leave_the_model_as_it_is(model, tiny, batches, tmp_path):
+    model.requires_grad_(False)
+    findings = [laws.accumulated_is_whole(model, batches), laws.resumed_is_uninterrupted(model, batches, tmp_path)]
+    assert [f.passed for f in findings] == [True, True]
+    assert [f.law for f in findings] == ["L3", "L4"]
+    assert all(torch.equal(p, q) and p.grad is None for p, q in zip(model.parameters(), tiny().parameters(), strict=True))
+
+
+def test_a_mean_of_means_is_seen(model, batches, monkeypatch):
+    true_loss = next_token.loss
+
+    def mean(model, batch):
+        total, count, metrics = true_loss(model, batch)
+        return total / count, 1, metrics
+
+    monkeypatch.setattr(next_token, "loss", mean)
+    finding = laws.accumulated_is_whole(model, batches)
+    assert not finding.passed and finding.value > 0.01
+
+
+def test_optimisers_that_forget_are_seen(model, batches, tmp_path, monkeypatch):
+    true_resume = StateStore.resume
+    monkeypatch.setattr(StateStore, "resume", lambda self, model, optimizers: true_resume(self, model, []))
+    finding = laws.resumed_is_uninterrupted(model, batches, tmp_path)
+    assert not finding.passed and finding.value > 5
+
+
+def test_one_bit_of_one_weight_is_seen(model, batches, tmp_path, monkeypatch):
+    true_resume = StateStore.resume
+
+    def almost(self, model, optimizers):
+        progress = true_resume(self, model, optimizers)
+        with torch.no_grad():
+            if progress.step:
+                weight = next(model.parameters())
+                weight[0, 0] = torch.nextafter(weight[0, 0], torch.tensor(torch.inf))
+        return progress
+
+    monkeypatch.setattr(StateStore, "resume", almost)
+    assert not laws.resumed_is_uninterrupted(model, batches, tmp_path).passed
