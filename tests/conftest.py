@@ -50,7 +50,7 @@ def tiny(tokenizer):
         generator = torch.Generator().manual_seed(seed)
         with torch.no_grad():
             for name, p in model.named_parameters():
-                p.normal_(1.0 if name.endswith("norm.weight") else 0.0, 0.3, generator=generator)
+                p.normal_(1.0 if name.endswith("norm.weight") else 0.0, 0.2, generator=generator)
         return model.eval()
 
     return build

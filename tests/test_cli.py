@@ -237,7 +237,7 @@ def test_a_required_field_comes_by_place_by_name_or_from_the_file(run, tmp_path)
     (tmp_path / "c.toml").write_text('path = "pan"')
     assert run("need", "pot")[:2] == (0, "pot 1\n")
     assert run("need", "--path", "pot", "--steps", "2")[:2] == (0, "pot 2\n")
-    assert run("need", "--config", tmp_path / "c.toml")[:2] == (0, "pan 1\n")
+    assert run("need", "--config", tmp_path / "c.toml") == (0, "pan 1\n", "")
     assert run("need", "pot", "--config", tmp_path / "c.toml")[:2] == (0, "pot 1\n")
     status, _, err = run("need")
     assert status == 2

@@ -211,7 +211,8 @@ def _parameter(option: _Option, in_file: bool, by_place: bool) -> inspect.Parame
         option.key,
         inspect.Parameter.POSITIONAL_OR_KEYWORD if by_place else inspect.Parameter.KEYWORD_ONLY,
         default=_EMPTY if required else None if empty else option.default,
-        annotation=Annotated[option.hint, setting],
+        # None stands for a value that the config file will give, and says so: pydantic, where it is loaded, checks defaults.
+        annotation=Annotated[option.hint | None if empty else option.hint, setting],
     )
 
 

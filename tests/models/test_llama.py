@@ -50,6 +50,11 @@ def test_old_and_new_rotary_fields_are_read(rope):
     assert Config.from_hf(FIELDS).rope_theta == 250.0
 
 
+@pytest.mark.parametrize("unknown", ["rope_theta", "rope_parameters"])
+def test_readers_of_the_old_field_and_of_the_new_one_read_the_same(unknown):
+    assert Config.from_hf({k: v for k, v in FIELDS.items() if k != unknown}) == Config.from_hf(FIELDS)
+
+
 def test_fields_that_an_old_file_lacks_have_the_values_of_transformers():
     from transformers import LlamaConfig
 

@@ -37,7 +37,7 @@ def chunks(request, monkeypatch):
 
 def test_a_chunk_of_logits_has_a_bounded_size():
     assert losses._chunk_rows(2048) * 2048 == losses._CHUNK_ELEMENTS
-    assert losses._chunk_rows(10**9) == 128  # below that a product is not worth its call
+    assert losses._chunk_rows(10**9) == losses._LEVEL  # below that a product is not worth its call
 
 
 @pytest.mark.parametrize("n", [1, 7, 8, 9, 16, 23])

@@ -11,7 +11,8 @@ from athanor.core.device import Precision, autocast
 from athanor.models.base import CausalLM
 from athanor.nn.cache import Decode, KVCache, Prefill
 
-# Rows that no sequence owns are read along up to a multiple of this: few shapes, for each of which oneDNN prepares code.
+# In bf16, rows that no sequence owns are read along up to a multiple of this: few shapes, for each of which oneDNN
+# prepares code.
 _ROWS = 16
 
 
@@ -60,7 +61,7 @@ class Runner:
     def decode(self, tokens: Sequence[int], lengths: Sequence[int]) -> Tensor:
         """Read one token into each of the first R rows, which hold `lengths` tokens: logits of the next, (R, V) float32."""
         device, rows = self.model.device, len(tokens)
-        idle = -rows % _ROWS if rows > _ROWS else 0
+        idle = -rows % _ROWS if rows > _ROWS and self.precision == "bf16" else 0
         self.cache.reserve(rows + idle, max(lengths) + 1)
         ctx = Decode(self.cache, torch.tensor([*lengths, *[0] * idle], device=device))
         with autocast(device, self.precision):

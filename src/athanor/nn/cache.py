@@ -12,7 +12,8 @@ from athanor.nn.context import Packed
 from athanor.nn.sdpa import decode_attention
 
 _GRAIN = 64  # positions are added in multiples of this
-_SPAN = 16  # positions are read in multiples of this, which divides _GRAIN: few shapes, for each of which oneDNN prepares code
+# In bf16 positions are read in multiples of this, which divides _GRAIN: few shapes, for each of which oneDNN prepares code.
+_SPAN = 16
 
 
 class KVCache:
@@ -84,7 +85,8 @@ class Decode:
         self._n = lengths.shape[0]
         self._at = torch.arange(self._n, device=lengths.device)
         self._lengths = lengths
-        self._span = -(-(int(lengths.max()) + 1) // _SPAN) * _SPAN
+        grain = _SPAN if cache.keys.dtype == torch.bfloat16 else 1
+        self._span = -(-(int(lengths.max()) + 1) // grain) * grain
         self.positions = lengths.unsqueeze(1)
         hidden = torch.arange(self._span, device=lengths.device) > lengths.unsqueeze(1)  # (R, S)
         mask = torch.zeros(hidden.shape, device=lengths.device).masked_fill_(hidden, -torch.inf)
