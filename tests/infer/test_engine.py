@@ -65,7 +65,8 @@ def test_batched_is_alone(engine, prompts, request_of, max_batch):
 def test_many_rows_that_fall_free_one_by_one_and_are_taken_again(engine, model, prompts, plainly, request_of, precision):
     """More rows than a multiple of sixteen: in bfloat16 idle rows are computed along, and nobody may notice."""
     requests = [
-        request_of(i, prompts[i % len(prompts)], temperature=1.0, seed=i, max_tokens=2 + 7 * i % 13, top_p=0.95) for i in range(45)
+        request_of(i, prompts[i % len(prompts)], temperature=1.0, seed=i, max_tokens=2 + 7 * i % 13, top_p=0.95)
+        for i in range(45)
     ]
     for answer in engine(max_batch=21, precision=precision).generate(requests):
         own, _ = plainly(model, answer.prompt_ids, answer.ids)

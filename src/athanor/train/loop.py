@@ -83,7 +83,7 @@ def fit(
         try:
             result = train_step(model, objective, micro, optimizers, lr_factor=factor, clip=clip, precision=precision)
         except NonFiniteLossError as error:
-            raise NonFiniteLossError(f"step {step}: {error}; {_keep(store, step, micro)}") from error
+            raise NonFiniteLossError(f"step {step + 1}: {error}; {_keep(store, step + 1, micro)}") from error
         now = time.perf_counter()
         tokens = sum(batch.ids.numel() for batch in micro)
         record: dict[str, Any] = {"step": step + 1, "loss": result.loss}
