@@ -52,16 +52,16 @@ class CausalLM(nn.Module):
 
     def initialise(self, generator: torch.Generator) -> None:
         """Fresh weights."""
-        raise NotImplementedError
+        raise NotImplementedError  # every architecture defines it
 
     def hidden(self, ids: Tensor, ctx: Context) -> Tensor:
         """Final hidden states, normalised: ids (B, T) int64 -> (B, T, D)."""
-        raise NotImplementedError
+        raise NotImplementedError  # every architecture defines it
 
     @property
     def output_weight(self) -> Tensor:
         """The output embedding (V, D)."""
-        raise NotImplementedError
+        raise NotImplementedError  # every architecture defines it
 
     def logits(self, hidden: Tensor) -> Tensor:
         """(..., D) -> (..., V)."""
@@ -73,7 +73,7 @@ class CausalLM(nn.Module):
 
     def keys(self) -> Mapping[str, str | Fused]:
         """Our modules that hold tensors -> the modules of a Hugging Face file. What a module holds has the same name in both."""
-        raise NotImplementedError
+        raise NotImplementedError  # every architecture defines it
 
     def to_hf(self, state: Mapping[str, Tensor]) -> dict[str, Tensor]:
         """Our state dict, or a part of it, as the tensors of a Hugging Face file. Tensors of fused modules are split by rows."""
