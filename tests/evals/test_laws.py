@@ -12,6 +12,7 @@ from athanor.infer import engine
 from athanor.infer.engine import Engine
 from athanor.infer.sampling import truncate
 from athanor.nn import cache, context
+from athanor.nn.sdpa import attention
 from athanor.types import Finding, Rollout, SamplingParams
 
 
@@ -91,7 +92,11 @@ class TestOneModel:
 
     def test_a_decoding_that_sees_too_much_is_seen(self, model, tokenizer, monkeypatch):
         true_attention = cache.decode_attention
-        monkeypatch.setattr(cache, "decode_attention", lambda q, k, v, mask: true_attention(q, k, v, torch.zeros_like(mask)))
+
+        def unmasked(query, key, value, mask, **kw):
+            return true_attention(query, key, value, torch.zeros_like(mask), **kw)
+
+        monkeypatch.setattr(cache, "decode_attention", unmasked)
         assert hold(laws.one_model(model, tokenizer))[0] is False
 
     def test_a_decoding_that_is_a_position_late_is_seen(self, model, tokenizer, monkeypatch):
@@ -116,7 +121,8 @@ class TestPackedIsSeparate:
 
     def test_documents_that_see_each_other_are_seen(self, model, batch, monkeypatch):
         class Leaky(context.Packed):
-            attend = context.Causal.attend
+            def attend(self, layer, query, key, value, scoring=None):
+                return attention(query, key, value, causal=True)
 
         monkeypatch.setattr(laws, "Packed", Leaky)
         assert not laws.packed_is_separate(model, batch).passed

@@ -43,9 +43,9 @@ def without(*names):
 
 def test_missing_tensors_are_named(folder, edit):
     edit(tensors=without("model.norm.weight", "model.layers.1.self_attn.k_proj.weight"))
-    message = refused(folder, r"model.safetensors does not fit .*config.json: missing: ")
+    message = refused(folder, r"the weights do not fit .*config.json: missing: ")
     assert "missing: model.layers.1.self_attn.k_proj.weight, model.norm.weight." in message
-    assert "Use the two files that were saved together" in message
+    assert "Use the files that were saved together" in message
 
 
 def test_many_missing_tensors_are_counted(folder, edit):
@@ -59,9 +59,14 @@ def test_unexpected_tensors_are_named(folder, edit):
     refused(folder, r"unexpected: model\.layers\.0\.self_attn\.q_proj\.bias\. Use")
 
 
-def test_a_head_beside_a_tied_config_is_unexpected(folder, edit):
+def test_a_head_that_is_not_the_embedding_is_refused_where_they_are_tied(folder, edit):
     edit(tie_word_embeddings=True)
-    refused(folder, r"unexpected: lm_head\.weight\.")
+    refused(folder, r"lm_head\.weight differs from model\.embed_tokens\.weight, and config\.json says that they are tied")
+
+
+def test_a_head_that_is_the_embedding_may_stand_in_the_file_too(folder, edit):
+    edit(lambda t: t | {"lm_head.weight": t["model.embed_tokens.weight"].clone()}, tie_word_embeddings=True)
+    assert io.load(folder).head is None
 
 
 def test_misshaped_tensors_are_named_with_both_shapes(folder, edit):
@@ -82,7 +87,7 @@ def test_a_truncated_file_is_refused(folder):
 
 def test_a_missing_file_is_refused(folder):
     (folder / io.WEIGHTS).unlink()
-    refused(folder, r"model\.safetensors cannot be read \(No such file or directory\): check the path")
+    refused(folder, r"holds no weights: it needs model\.safetensors, or model\.safetensors\.index\.json")
 
 
 @pytest.mark.parametrize("content", ["[]", "{}", '{"model_type": 3}'])
@@ -93,14 +98,14 @@ def test_a_config_without_a_model_type_is_refused(folder, content):
 
 def test_an_unknown_architecture_is_refused_with_the_nearest_name(folder, edit):
     edit(model_type="lama")
-    refused(folder, r"config\.json: no 'lama' in 'models'; did you mean 'llama'\?")
+    refused(folder, r"config\.json: no architecture computes model_type 'lama'; did you mean 'llama'\?")
 
 
 def test_fields_of_config_that_are_no_shape_are_refused(folder, edit):
     for fields, message in (
         ({"num_attention_heads": 0}, "does not describe a llama"),
-        ({"hidden_size": "32"}, "does not describe a llama"),
-        ({"rope_parameters": [1]}, "does not describe a llama"),
+        ({"hidden_size": "32"}, "hidden_size is '32' and must be a whole number"),
+        ({"rope_parameters": [1]}, "rope_parameters is .1. and must be a table"),
         ({"num_key_value_heads": 3}, re.escape("n_kv_heads (3) must divide n_heads (4): use one of 1, 2, 4")),
     ):
         edit(**fields)

@@ -67,13 +67,9 @@ def test_fields_that_an_old_file_lacks_have_the_values_of_transformers():
 @pytest.mark.parametrize(
     ("fields", "message"),
     [
-        ({"rope_scaling": {"type": "linear", "factor": 2.0}}, "rope_scaling.rope_type is 'linear'"),
-        ({"rope_scaling": {"rope_type": "llama3", "factor": 8.0}}, "rope_scaling.rope_type is 'llama3'"),
-        ({"rope_parameters": {"rope_theta": 1e4, "rope_type": "yarn"}}, "rope_parameters.rope_type is 'yarn'"),
         ({"hidden_act": "gelu"}, "hidden_act is 'gelu'"),
         ({"attention_bias": True}, "attention_bias is True"),
         ({"mlp_bias": True}, "mlp_bias is True"),
-        ({"head_dim": 32}, "head_dim is 32"),
     ],
 )
 def test_what_is_not_computed_is_refused_by_name(fields, message):

@@ -240,10 +240,14 @@ def _check_entries(path: Path, header: dict[str, Any], data_bytes: int) -> None:
             continue
         try:
             bits, shape, (begin, end) = _DTYPE_BITS[entry["dtype"]], entry["shape"], entry["data_offsets"]
-            if not all(isinstance(n, int) and n >= 0 for n in (*shape, begin, end)):
+            if (
+                type(shape) is not list
+                or len(shape) > 64
+                or not all(type(n) is int and 0 <= n < 2**63 for n in (*shape, begin, end))
+            ):
                 raise ValueError
         except (KeyError, TypeError, ValueError):
-            raise _damaged(path, f"tensor {name!r} has an entry of unknown dtype or form: {entry!r}") from None
+            raise _damaged(path, f"tensor {name!r} has an entry of unknown dtype or form: {entry!r:.300}") from None
         if end - begin != math.prod(shape) * bits // 8:
             raise _damaged(path, f"tensor {name!r} of shape {shape} and dtype {entry['dtype']} takes {end - begin} bytes")
         spans.append((begin, end))

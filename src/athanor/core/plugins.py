@@ -20,7 +20,7 @@ from athanor.core.errors import PluginError, nearest
 
 _ROOT = Path(__file__).resolve().parent.parent
 # Files that a room's plugins share, so not plugins themselves.
-_FURNITURE = {"models": {"base", "io", "heads"}}
+_FURNITURE = {"models": {"base", "decoder", "fields", "heads", "io", "keys"}}
 _folders: list[Path] = []
 
 

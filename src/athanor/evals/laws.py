@@ -19,7 +19,6 @@ from torch import Tensor
 from athanor.infer.engine import Engine
 from athanor.models.base import CausalLM
 from athanor.nn.context import Causal, Packed
-from athanor.nn.loss import token_logprobs
 from athanor.tokenizer.bpe import TOKENIZER_FILE, Tokenizer
 from athanor.tokenizer.chat import TEMPLATE, Rendered, render
 from athanor.types import IGNORE, Batch, Completion, Finding, Request, SamplingParams
@@ -131,7 +130,7 @@ def packed_is_separate(model: CausalLM, batch: Batch) -> Finding:
         parts = batch.ids.split(batch.lengths.tolist())
         alone = torch.cat([model.hidden(p.unsqueeze(0), Causal(1, len(p), p.device))[0] for p in parts])
         targets = batch.ids.roll(-1)
-        a, b = (token_logprobs(h, model.output_weight, targets, torch.ones(len(h), device=h.device))[0] for h in (packed, alone))
+        a, b = (model.token_logprobs(h, targets, torch.ones(len(h), device=h.device))[0] for h in (packed, alone))
     return Finding("L3", f"packed and separate: log-probabilities of {len(targets)} tokens", _largest(a - b), NATS)
 
 
@@ -140,7 +139,7 @@ def rollout_is_trainer(model: CausalLM, batch: Batch) -> Finding:
     """L6: `old_logprobs` of a batch of rollouts (see `objectives.policy_gradient`) are those that the trainer computes."""
     at = batch.labels != IGNORE
     hidden = model.hidden(batch.ids.unsqueeze(0), Packed(batch.lengths))[0, at]
-    logprobs, _ = token_logprobs(hidden, model.output_weight, batch.labels[at], batch.extras["temperature"][at])
+    logprobs, _ = model.token_logprobs(hidden, batch.labels[at], batch.extras["temperature"][at])
     distance = _largest(logprobs - batch.extras["old_logprobs"][at])
     return Finding("L6", f"rollout and trainer: log-probabilities of {len(logprobs)} sampled tokens", distance, NATS)
 

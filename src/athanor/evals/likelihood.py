@@ -11,7 +11,6 @@ from athanor.core.device import Precision, autocast
 from athanor.core.errors import ConfigError, DataError
 from athanor.models.base import CausalLM
 from athanor.nn.context import Packed
-from athanor.nn.loss import linear_cross_entropy
 from athanor.tokenizer.bpe import Tokenizer
 from athanor.types import Document
 
@@ -48,7 +47,7 @@ def bits_per_byte(
             packed = Packed(torch.tensor(lengths, device=model.device))
             hidden = model.hidden(torch.tensor(ids, device=model.device).unsqueeze(0), packed)[0]
             hidden = hidden.index_select(0, torch.tensor(keep, device=model.device))
-            total, _ = linear_cross_entropy(hidden, model.output_weight, torch.tensor(targets, device=model.device))
+            total, _ = model.cross_entropy(hidden, torch.tensor(targets, device=model.device))
         for x in (ids, targets, keep, lengths):
             x.clear()
         return float(total)

@@ -14,7 +14,7 @@ from athanor.infer.runner import Runner
 from athanor.infer.sampling import sample
 from athanor.infer.scheduler import Scheduler
 from athanor.infer.sequence import Sequence
-from athanor.models.base import CausalLM
+from athanor.models.base import CausalLM, EncoderDecoder
 from athanor.tokenizer.bpe import Tokenizer
 from athanor.tokenizer.stream import StreamDecoder
 from athanor.types import Completion, Request
@@ -48,7 +48,7 @@ class Engine:
 
     def __init__(
         self,
-        model: CausalLM,
+        model: CausalLM | EncoderDecoder,
         tokenizer: Tokenizer,
         *,
         max_batch: int = 64,
@@ -68,6 +68,15 @@ class Engine:
         self.runner = Runner(model, precision)
         self.vocab_size = model.config.vocab_size
         self._ids: set[str] = set()
+        self._start: tuple[int, ...] = ()  # what answers begin with, where the prompt is a source
+        if isinstance(model, EncoderDecoder):
+            start = model.token_ids.decoder_start
+            if start is None:
+                raise ConfigError(
+                    "the model's config.json names no decoder_start_token_id, with which an encoder-decoder's answers begin:"
+                    " add it"
+                )
+            self._start = (start,)
 
     @property
     def has_work(self) -> bool:
@@ -79,7 +88,7 @@ class Engine:
         check(request, self.max_len, self.vocab_size)
         if request.id in self._ids:
             raise RequestError(f"request id {request.id!r} is already being answered: give each request its own", "id")
-        sequence = Sequence(request, StreamDecoder(self.tokenizer, request.params.stop))
+        sequence = Sequence(request, StreamDecoder(self.tokenizer, request.params.stop), self._start)
         self._ids.add(request.id)
         self.scheduler.waiting.append(sequence)
 
@@ -101,7 +110,8 @@ class Engine:
         started = self.scheduler.admit()
         if started:
             first = len(self.scheduler.running) - len(started)
-            self._extend(started, self.runner.prefill([s.request.prompt_ids for s in started], first))
+            sources = [s.request.prompt_ids for s in started] if self._start else None
+            self._extend(started, self.runner.prefill([s.start for s in started], first, sources))
         for s in self.scheduler.running if stream else ():
             if not s.finish_reason:
                 content, reasoning = s.take()

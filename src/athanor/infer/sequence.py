@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from collections.abc import Sequence as TokenSequence
 from dataclasses import dataclass, field
 
 from athanor.tokenizer.stream import StreamDecoder
@@ -10,10 +11,14 @@ from athanor.types import Completion, FinishReason, Request
 
 @dataclass(eq=False)
 class Sequence:
-    """A request, the tokens made so far and the text decoder that follows them."""
+    """A request, the tokens made so far and the text decoder that follows them.
+
+    start   tokens that the answer goes on from: the prompt by default, or what an encoder-decoder's answer starts with
+    """
 
     request: Request
     decoder: StreamDecoder
+    start: TokenSequence[int] = ()
     ids: list[int] = field(default_factory=list)
     logprobs: list[float] = field(default_factory=list)
     content: str = ""
@@ -21,10 +26,13 @@ class Sequence:
     finish_reason: FinishReason | None = None
     _n_read: int = 0
 
+    def __post_init__(self) -> None:
+        self.start = self.start or self.request.prompt_ids
+
     @property
     def length(self) -> int:
-        """Tokens of prompt and answer."""
-        return len(self.request.prompt_ids) + len(self.ids)
+        """Tokens of start and answer."""
+        return len(self.start) + len(self.ids)
 
     def append(self, token: int, logprob: float, end_id: int, max_len: int) -> None:
         """Take one new token and see whether the answer ends with it."""

@@ -1,14 +1,21 @@
-"""What every decoder-only language model offers. Legend: B batch, T time, D width, V vocabulary."""
+"""What every language model offers. Legend: B batch, T time, D width, V vocabulary, S time of a source."""
 
 from __future__ import annotations
 
-from collections.abc import Mapping
-from typing import Any, ClassVar, NamedTuple, Protocol
+from collections.abc import Callable, Mapping, Sequence
+from dataclasses import dataclass
+from typing import Any, ClassVar, Literal, Protocol
 
 import torch
 from torch import Tensor, nn
 
-from athanor.nn.context import Causal, Context
+from athanor.core.errors import ConfigError
+from athanor.models.keys import Entry, Fused, entry
+from athanor.nn.cache import KV, Layer
+from athanor.nn.context import Bidirectional, Causal, Context, Memory, WithMemory
+from athanor.nn.loss import linear_cross_entropy, token_logprobs
+
+__all__ = ["CausalLM", "Encoder", "EncoderDecoder", "Fused", "LanguageModel", "ModelConfig", "TokenIds"]
 
 
 class ModelConfig(Protocol):
@@ -21,10 +28,6 @@ class ModelConfig(Protocol):
     @property
     def n_layers(self) -> int: ...
     @property
-    def n_kv_heads(self) -> int: ...
-    @property
-    def head_dim(self) -> int: ...
-    @property
     def max_positions(self) -> int: ...
 
     def to_hf(self) -> dict[str, Any]:
@@ -32,23 +35,49 @@ class ModelConfig(Protocol):
         ...
 
 
-class Fused(NamedTuple):
-    """One matrix of ours that is several in a file: their modules' names and rows, in the order of our rows."""
+@dataclass(frozen=True)
+class TokenIds:
+    """Token ids that a model's files name; () and None where they name none.
 
-    names: tuple[str, ...]
-    rows: tuple[int, ...]
+    bos            begins a text
+    eos            each of these ends one
+    pad            fills rows
+    decoder_start  what an encoder-decoder's answer starts with
+    """
+
+    bos: int | None = None
+    eos: tuple[int, ...] = ()
+    pad: int | None = None
+    decoder_start: int | None = None
 
 
-class CausalLM(nn.Module):
-    """A decoder-only language model: hidden states and logits are separate calls.
+class LanguageModel(nn.Module):
+    """Base of all families: hidden states and logits are separate calls.
 
     A subclass is built from its config alone and defines `initialise`, `hidden`, `output_weight` and `keys`, the key map of
     its files. Buffers that no file holds it computes on the CPU explicitly (`device="cpu"`), since a model about to be loaded
     is built without a device.
+
+    Class attributes:
+        model_type: of Hugging Face's config.json.
+        kind: what the family can do.
+        prefix: what the names of all but the heads begin with in a file; files of the bare trunk lack it.
+        harmless: patterns (`re.fullmatch`) of tensors in files of others that nothing is computed with.
+        lm_modules: attributes that only the family's own logits need; None in a model with another head or none (`heads.py`).
+
+    Attributes:
+        task: what stands on the trunk: "lm", "none", or a head of `heads.py`.
+        token_ids: as its files name them.
     """
 
     config: ModelConfig
     model_type: ClassVar[str]
+    kind: ClassVar[Literal["decoder", "encoder", "encoder_decoder", "tagger"]]
+    prefix: ClassVar[str] = ""
+    harmless: ClassVar[tuple[str, ...]] = ()
+    lm_modules: ClassVar[tuple[str, ...]] = ("head",)
+    task: str = "lm"
+    token_ids: TokenIds = TokenIds()
 
     def initialise(self, generator: torch.Generator) -> None:
         """Fresh weights."""
@@ -63,45 +92,83 @@ class CausalLM(nn.Module):
         """The output embedding (V, D)."""
         raise NotImplementedError  # every architecture defines it
 
+    @property
+    def output_bias(self) -> Tensor | None:
+        """Added to the logits, (V,)."""
+        return None
+
+    @property
+    def output_softcap(self) -> float | None:
+        """c where logits are c tanh(logits / c) (Gemma 2)."""
+        return None
+
+    def to_output(self, hidden: Tensor) -> Tensor:
+        """What the output embedding is multiplied with, of the hidden states: (..., D) -> (..., D)."""
+        return hidden
+
     def logits(self, hidden: Tensor) -> Tensor:
-        """(..., D) -> (..., V)."""
-        return nn.functional.linear(hidden, self.output_weight)
+        """(..., D) -> (..., V). Raises ConfigError for a model whose files hold no language-model head."""
+        if self.task != "lm":
+            raise ConfigError(
+                f"this {self.model_type} was saved without its language-model head (its task is {self.task!r}), so it has no"
+                " logits of tokens: use `hidden` or `embed`, or a checkpoint of the whole model"
+            )
+        out = nn.functional.linear(self.to_output(hidden), self.output_weight, self.output_bias)
+        cap = self.output_softcap
+        return out if cap is None else (out / cap).tanh() * cap
 
-    def forward(self, ids: Tensor) -> Tensor:
-        """Logits of whole sequences of one length: (B, T) -> (B, T, V)."""
-        return self.logits(self.hidden(ids, Causal(ids.shape[0], ids.shape[1], ids.device)))
+    def cross_entropy(self, hidden: Tensor, targets: Tensor) -> tuple[Tensor, Tensor]:
+        """`linear_cross_entropy` of this model's logits: hidden (N, D), targets (N,); never holds all logits."""
+        return linear_cross_entropy(
+            self.to_output(hidden), self.output_weight, targets, self.output_bias, self.output_softcap
+        )  # fmt: skip
 
-    def keys(self) -> Mapping[str, str | Fused]:
-        """Our modules that hold tensors -> the modules of a Hugging Face file. What a module holds has the same name in both."""
+    def token_logprobs(self, hidden: Tensor, targets: Tensor, temperature: Tensor) -> tuple[Tensor, Tensor]:
+        """`token_logprobs` of this model's logits: hidden (N, D), targets (N,), temperature (N,)."""
+        return token_logprobs(
+            self.to_output(hidden), self.output_weight, targets, temperature, self.output_bias, self.output_softcap
+        )  # fmt: skip
+
+    def keys(self) -> Mapping[str, str | Entry]:
+        """Our modules that hold tensors -> where these lie in a Hugging Face file (`keys.py`)."""
         raise NotImplementedError  # every architecture defines it
 
+    def tied_keys(self) -> Mapping[str, str]:
+        """Tensors that a file may hold twice: the name that may be missing -> the name of the tensor that it equals."""
+        return {}
+
     def to_hf(self, state: Mapping[str, Tensor]) -> dict[str, Tensor]:
-        """Our state dict, or a part of it, as the tensors of a Hugging Face file. Tensors of fused modules are split by rows."""
+        """Our state dict, or a part of it, as the tensors of a Hugging Face file."""
         keys, out = self.keys(), {}
         for name, tensor in state.items():
             module, _, leaf = name.rpartition(".")
-            theirs = keys[module]
-            if isinstance(theirs, str):
-                out[f"{theirs}.{leaf}"] = tensor
-            else:
-                for their, part in zip(theirs.names, tensor.split(theirs.rows), strict=True):
-                    out[f"{their}.{leaf}"] = part.contiguous()
+            place = entry(keys[module])
+            for theirs, part in place.parts(leaf, place.written(leaf, tensor)):
+                out[theirs] = part.contiguous()
+        return out
+
+    def fill(self, read: Callable[[str, Tensor], object], dtypes: Callable[[str], torch.dtype]) -> dict[str, Tensor]:
+        """A state dict of new tensors on the CPU, read tensor by tensor from a Hugging Face file.
+
+        Args:
+            read: puts the file's tensor of a name into the (perhaps not contiguous) tensor given.
+            dtypes: what kind of tensor to make for the file's tensor of a name.
+        """
+        keys, out = self.keys(), {}
+        for name, like in self.state_dict().items():
+            module, _, leaf = name.rpartition(".")
+            place = entry(keys[module])
+            first = next(place.parts(leaf, like))[0]
+            tensor = torch.empty(like.shape, dtype=dtypes(first))
+            for theirs, part in place.parts(leaf, tensor):
+                read(theirs, part)
+            place.settle(leaf, tensor)
+            out[name] = tensor
         return out
 
     def from_hf(self, tensors: Mapping[str, Tensor]) -> dict[str, Tensor]:
-        """The inverse of `to_hf`."""
-        held: dict[str, dict[str, Tensor]] = {}
-        for name, tensor in tensors.items():
-            module, _, leaf = name.rpartition(".")
-            held.setdefault(module, {})[leaf] = tensor
-        out = {}
-        for ours, theirs in self.keys().items():
-            if isinstance(theirs, str):
-                out.update({f"{ours}.{leaf}": tensor for leaf, tensor in held.get(theirs, {}).items()})
-            else:
-                for leaf in held.get(theirs.names[0], {}):
-                    out[f"{ours}.{leaf}"] = torch.cat([held[their][leaf] for their in theirs.names])
-        return out
+        """The inverse of `to_hf`, of all the model's tensors."""
+        return self.fill(lambda name, out: out.copy_(tensors[name]), lambda name: tensors[name].dtype)
 
     @property
     def device(self) -> torch.device:
@@ -110,3 +177,57 @@ class CausalLM(nn.Module):
     def n_parameters(self) -> int:
         """Parameters, tied ones counted once."""
         return sum(p.numel() for p in self.parameters())
+
+
+class CausalLM(LanguageModel):
+    """A decoder-only language model."""
+
+    kind = "decoder"
+    prefix = "model."
+
+    def cache_layers(self) -> Sequence[Layer]:
+        """What each layer keeps of a sequence while it is generated."""
+        c: Any = self.config
+        return [KV(c.n_kv_heads, c.head_dim, c.head_dim)] * c.n_layers
+
+    def forward(self, ids: Tensor) -> Tensor:
+        """Logits of whole sequences of one length: (B, T) -> (B, T, V)."""
+        return self.logits(self.hidden(ids, Causal(ids.shape[0], ids.shape[1], ids.device)))
+
+
+class Encoder(LanguageModel):
+    """An encoder-only model; its logits are those of masked tokens."""
+
+    kind = "encoder"
+
+    def hidden(self, ids: Tensor, ctx: Context, segments: Tensor | None = None) -> Tensor:
+        """Final hidden states: ids (B, T) int64, segments (B, T) int64 (all 0 by default) -> (B, T, D)."""
+        raise NotImplementedError  # every architecture defines it
+
+    def forward(self, ids: Tensor) -> Tensor:
+        """Logits of whole sequences of one length: (B, T) -> (B, T, V)."""
+        return self.logits(self.hidden(ids, Bidirectional(ids.shape[0], ids.shape[1], ids.device)))
+
+
+class EncoderDecoder(LanguageModel):
+    """An encoder, and a decoder that reads what it made. `hidden` is the decoder's; its context holds the memory."""
+
+    kind = "encoder_decoder"
+
+    def encode(self, ids: Tensor, ctx: Context) -> Tensor:
+        """What the encoder makes of a source: ids (B, S) int64 -> (B, S, D)."""
+        raise NotImplementedError  # every architecture defines it
+
+    def cache_layers(self) -> Sequence[Layer]:
+        """What each decoder layer keeps of an answer."""
+        raise NotImplementedError  # every architecture defines it
+
+    def cross_layers(self) -> Sequence[KV]:
+        """What each decoder layer keeps of a token of the source."""
+        raise NotImplementedError  # every architecture defines it
+
+    def forward(self, ids: Tensor, decoder_ids: Tensor) -> Tensor:
+        """Logits of whole answers to whole sources: (B, S), (B, T) -> (B, T, V)."""
+        memory = Memory(self.encode(ids, Bidirectional(ids.shape[0], ids.shape[1], ids.device)))
+        ctx = WithMemory(Causal(decoder_ids.shape[0], decoder_ids.shape[1], ids.device), memory)
+        return self.logits(self.hidden(decoder_ids, ctx))

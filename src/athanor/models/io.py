@@ -1,20 +1,25 @@
-"""Models in and out: Hugging Face style folders (config.json, model.safetensors), strict in both directions."""
+"""Models in and out: Hugging Face style folders (config.json, safetensors), strict in both directions."""
 
 from __future__ import annotations
 
+import re
 from collections.abc import Callable, Mapping
 from pathlib import Path
+from types import ModuleType
 from typing import Any, Protocol
 
 import torch
 from torch import Tensor
 
 from athanor.core import io, plugins
-from athanor.core.errors import CheckpointError, PluginError
-from athanor.models.base import CausalLM
+from athanor.core.errors import CheckpointError, ConfigError, PluginError, nearest
+from athanor.core.weights import Weights, open_weights, save_sharded
+from athanor.models.base import LanguageModel, TokenIds
 
 WEIGHTS = "model.safetensors"
 _SHOWN = 6  # names listed in an error before it says how many more there are
+_SHARD = 5_000_000_000  # bytes
+_TASKS = {"Model": "none"}  # by the end of the class name in `architectures`; everything else is the family's own head
 
 
 class Layout(Protocol):
@@ -29,26 +34,70 @@ class Layout(Protocol):
         ...
 
 
-def build(model_type: str, config: Any, *, seed: int | None = None) -> CausalLM:
+def architecture(model_type: str) -> ModuleType:
+    """The file that computes `model_type`: the one of that name, or that names it among its MODEL_TYPES.
+
+    Raises PluginError when there is none.
+    """
+    known = plugins.names("models")
+    if model_type in known:
+        return plugins.require("models", model_type, "Model", "Config")
+    types = {t: name for name in known for t in getattr(plugins.load("models", name), "MODEL_TYPES", ())}
+    if model_type in types:
+        return plugins.require("models", types[model_type], "Model", "Config")
+    raise PluginError(
+        f"no architecture computes model_type {model_type!r}{nearest(model_type, [*known, *types])} There are:"
+        f" {', '.join(sorted({*known, *types}))}. To add one, write the file models/{model_type}.py."
+    )
+
+
+def build(model_type: str, config: Any, *, seed: int | None = None) -> Any:
     """A model of the architecture `model_type`; with `seed` its weights are initialised, without they are on no device yet."""
-    module = plugins.require("models", model_type, "Model", "Config")
+    module = architecture(model_type)
     if seed is None:
         with torch.device("meta"):
-            model: CausalLM = module.Model(config)
+            model: LanguageModel = module.Model(config)
         return model
     model = module.Model(config)
     model.initialise(torch.Generator().manual_seed(seed))
     return model
 
 
-def save(model: CausalLM, folder: Path, extra: Mapping[str, Any] | None = None, layout: Layout | None = None) -> None:
-    """Write config.json and model.safetensors into `folder`, in Hugging Face's names; `extra` joins config.json."""
+def save(model: LanguageModel, folder: Path, extra: Mapping[str, Any] | None = None, layout: Layout | None = None) -> None:
+    """Write config.json and model.safetensors (more than one file above 5 GB) into `folder`, in Hugging Face's names.
+
+    `extra` joins config.json.
+    """
     tensors = model.to_hf(model.state_dict())
-    dtype = str(model.output_weight.dtype).removeprefix("torch.")
+    dtype = str(next(model.parameters()).dtype).removeprefix("torch.")
     if layout:
         tensors = layout.encode(tensors)
-    io.save_tensors(folder / WEIGHTS, {k: v.contiguous() for k, v in tensors.items()}, {"format": "pt"})
-    io.write_json(folder / "config.json", model.config.to_hf() | {"dtype": dtype} | dict(extra or {}))
+    save_sharded(folder, {k: v.contiguous() for k, v in tensors.items()}, {"format": "pt"}, _SHARD)
+    io.write_json(
+        folder / "config.json", model.config.to_hf() | _token_fields(model.token_ids) | {"dtype": dtype} | dict(extra or {})
+    )
+
+
+def _token_fields(ids: TokenIds) -> dict[str, Any]:
+    eos = ids.eos[0] if len(ids.eos) == 1 else list(ids.eos) or None
+    fields = {"bos_token_id": ids.bos, "eos_token_id": eos, "pad_token_id": ids.pad, "decoder_start_token_id": ids.decoder_start}
+    return {name: value for name, value in fields.items() if value is not None}
+
+
+def _token_ids(fields: Mapping[str, Any]) -> TokenIds:
+    def one(name: str) -> int | None:
+        value = fields.get(name)
+        if value is None or (isinstance(value, int) and not isinstance(value, bool) and value >= 0):
+            return value
+        if name == "pad_token_id" and value == -1:  # older files say so for none
+            return None
+        raise CheckpointError(f"config.json: {name} is {value!r} and must be a token id: copy it again")
+
+    eos = fields.get("eos_token_id")
+    several = eos if isinstance(eos, list) else [] if eos is None else [eos]
+    if not all(isinstance(x, int) and not isinstance(x, bool) and x >= 0 for x in several):
+        raise CheckpointError(f"config.json: eos_token_id is {eos!r} and must be a token id or a list of them: copy it again")
+    return TokenIds(one("bos_token_id"), tuple(several), one("pad_token_id"), one("decoder_start_token_id"))
 
 
 def read_config(folder: Path) -> dict[str, Any]:
@@ -59,13 +108,31 @@ def read_config(folder: Path) -> dict[str, Any]:
     return fields
 
 
-def load(folder: Path, prepare: Callable[[CausalLM, dict[str, Any]], Layout | None] | None = None) -> CausalLM:
-    """The model in `folder`.
+def _config(module: ModuleType, fields: Mapping[str, Any], folder: Path) -> Any:
+    try:
+        return module.Config.from_hf(fields)
+    except CheckpointError as error:
+        raise CheckpointError(f"{folder}/{error}") from error
+    except ConfigError as error:
+        kind = fields["model_type"]
+        raise CheckpointError(f"{folder}/config.json does not describe a {kind} ({error}): copy it again") from error
+
+
+def load(
+    folder: Path,
+    prepare: Callable[[Any, dict[str, Any]], Layout | None] | None = None,
+    *,
+    dtype: torch.dtype | None = None,
+    pickled: bool = False,
+) -> Any:
+    """The model in `folder`. Its tensors are read one by one into place: no second copy of the weights is ever in memory.
 
     Args:
-        folder: with config.json and model.safetensors.
+        folder: with config.json and model.safetensors, or its parts and their index.
         prepare: called with the model (no weights yet) and the config fields, to exchange modules before weights are read;
             returns how the file holds them.
+        dtype: of the weights, floating; as in the file by default.
+        pickled: whether to read pytorch_model.bin too.
 
     Raises:
         CheckpointError: damaged files; tensors missing, unexpected, misshaped or not what they must be (each is listed);
@@ -73,52 +140,117 @@ def load(folder: Path, prepare: Callable[[CausalLM, dict[str, Any]], Layout | No
     """
     fields = read_config(folder)
     try:
-        module = plugins.require("models", fields["model_type"], "Model", "Config")
+        module = architecture(fields["model_type"])
     except PluginError as error:
         raise CheckpointError(f"{folder}/config.json: {error}") from error
-    model = build(fields["model_type"], module.Config.from_hf(fields))
+    model: LanguageModel = build(fields["model_type"], _config(module, fields, folder))
+    model.token_ids = _token_ids(fields)
+    weights = open_weights(folder, pickled=pickled)
+    names = _Names(model, weights)
+    _take_heads_off(model, fields, names)
     layout = prepare(model, fields) if prepare else None
-    tensors, expected = io.load_tensors(folder / WEIGHTS), model.to_hf(model.state_dict())
+    expected = model.to_hf(model.state_dict())
     if layout:
         expected = layout.encode(expected)
-    _check(tensors, expected, folder)
+    _check(names, expected, folder)
     if layout:
-        tensors = layout.decode(tensors)
-    model.load_state_dict(model.from_hf(tensors), assign=True)
+        decoded = layout.decode({name: names.read(name) for name in expected})
+        state = model.from_hf(decoded)
+    else:
+        state = model.fill(names.read, lambda name: dtype or names.dtype(name))
+    model.load_state_dict(state, assign=True)
     assert not any(x.is_meta for x in (*model.parameters(), *model.buffers())), "a buffer that no file holds has no device"
     return model.eval()
 
 
-def _check(tensors: Mapping[str, Tensor], expected: Mapping[str, Tensor], folder: Path) -> None:
-    problems = []
-    missing = sorted(expected.keys() - tensors.keys())
+class _Names:
+    """The tensors of a file by the names that the whole model has for them: a bare trunk's lack its prefix."""
+
+    def __init__(self, model: LanguageModel, weights: Weights) -> None:
+        self._weights = weights
+        self._tied = dict(model.tied_keys())
+        harmless = re.compile("|".join(f"(?:{x})" for x in model.harmless) or r"(?!)")
+        there = {name for name in weights if not harmless.fullmatch(name)}
+        self.bare = bool(model.prefix) and not any(name.startswith(model.prefix) for name in there)
+        heads = tuple(f"{n}." for e in model.keys().values() for n in _modules(e) if not f"{n}.".startswith(model.prefix))
+        self.theirs = {
+            model.prefix + name if self.bare and not name.startswith(heads) else name: name for name in there
+        }  # fmt: skip
+
+    def __contains__(self, name: str) -> bool:
+        return name in self.theirs
+
+    def shape(self, name: str) -> tuple[int, ...]:
+        return tuple(self._weights[self.theirs[name]].shape)
+
+    def dtype(self, name: str) -> torch.dtype:
+        return self._weights[self.theirs[name]].dtype
+
+    def read(self, name: str, out: Tensor | None = None) -> Tensor:
+        return self._weights.read(self.theirs[name], out)
+
+    def tied_twins(self, expected: Mapping[str, Tensor]) -> list[str]:
+        """Problems with tensors that stand there a second time; those that are equal are taken off the list."""
+        problems = []
+        for twin, original in self._tied.items():
+            if twin in self.theirs and twin not in expected and original in self.theirs:
+                if self.shape(twin) != self.shape(original) or not torch.equal(self.read(twin), self.read(original)):
+                    problems.append(f"{twin} differs from {original}, and config.json says that they are tied")
+                del self.theirs[twin]
+        return problems
+
+
+def _modules(value: Any) -> tuple[str, ...]:
+    return (value,) if isinstance(value, str) else value.names
+
+
+def _take_heads_off(model: LanguageModel, fields: Mapping[str, Any], names: _Names) -> None:
+    """Make the model what the file holds: with its own head or none."""
+    named = fields.get("architectures")
+    name = named[0] if isinstance(named, list) and named and isinstance(named[0], str) else ""
+    task = _TASKS["Model"] if name.endswith("Model") and not name.endswith("LMHeadModel") else "lm"
+    if task != "lm":
+        model.task = task
+        for attribute in model.lm_modules:
+            setattr(model, attribute, None)
+
+
+def _check(names: _Names, expected: Mapping[str, Tensor], folder: Path) -> None:
+    problems = names.tied_twins(expected)
+    both = sorted(expected.keys() & names.theirs.keys())
+    missing = sorted(expected.keys() - names.theirs.keys())
     if missing:
         problems.append("missing: " + _listed(missing))
-    unexpected = sorted(tensors.keys() - expected.keys())
+    unexpected = sorted(names.theirs.keys() - expected.keys())
     if unexpected:
         problems.append("unexpected: " + _listed(unexpected))
     misshaped = [
-        f"{k} is {tuple(tensors[k].shape)} and must be {tuple(expected[k].shape)}"
-        for k in sorted(expected.keys() & tensors.keys())
-        if tensors[k].shape != expected[k].shape
+        f"{k} is {names.shape(k)} and must be {tuple(expected[k].shape)}" for k in both if names.shape(k) != expected[k].shape
     ]
     if misshaped:
         problems.append("misshaped: " + _listed(misshaped))
     mistyped = [
-        f"{k} is {tensors[k].dtype} and must be like {expected[k].dtype}"
-        for k in sorted(expected.keys() & tensors.keys())
-        if tensors[k].dtype != expected[k].dtype and not (tensors[k].is_floating_point() and expected[k].is_floating_point())
+        f"{k} is {names.dtype(k)} and must be like {expected[k].dtype}"
+        for k in both
+        if names.dtype(k) != expected[k].dtype and not (_weighty(names.dtype(k)) and _weighty(expected[k].dtype))
     ]
     if mistyped:
         problems.append("of the wrong kind: " + _listed(mistyped))
-    for k in sorted(expected.keys() & tensors.keys()):
-        if not expected[k].is_meta and tensors[k].shape == expected[k].shape and not torch.equal(tensors[k], expected[k]):
-            problems.append(f"{k} says {tensors[k].tolist()} and must say {expected[k].tolist()}")
+    for k in both:
+        if not expected[k].is_meta and names.shape(k) == expected[k].shape:
+            found = names.read(k)
+            if not torch.equal(found, expected[k]):
+                problems.append(f"{k} says {found.tolist()} and must say {expected[k].tolist()}")
     if problems:
         raise CheckpointError(
-            f"{folder / WEIGHTS} does not fit {folder / 'config.json'}: {'; '.join(problems)}."
-            " Use the two files that were saved together."
+            f"{folder}: the weights do not fit {folder / 'config.json'}: {'; '.join(problems)}."
+            " Use the files that were saved together."
         )
+
+
+def _weighty(dtype: torch.dtype) -> bool:
+    """Whether weights may be of this type: eight bits of floating point mean nothing without scales that no file here has."""
+    return dtype in (torch.float64, torch.float32, torch.float16, torch.bfloat16)
 
 
 def _listed(names: list[str]) -> str:

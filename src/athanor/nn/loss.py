@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from typing import Any
+from typing import Any, NamedTuple
 
 import torch
 import torch.nn.functional as F
@@ -25,59 +25,101 @@ def _level(x: Tensor) -> Tensor:
     return F.pad(x, (0, 0, 0, -x.shape[0] % _LEVEL))
 
 
+class _Output(NamedTuple):
+    """How logits are made of hidden states: cap(hidden weight^T + bias), cap(z) = softcap tanh(z / softcap)."""
+
+    weight: Tensor  # (V, D), in the dtype of the product
+    bias: Tensor | None
+    softcap: float | None
+
+    def logits(self, h: Tensor, n: int) -> Tensor:
+        """float32, of the first n rows."""
+        z = torch.mm(h, self.weight.t())[:n].float()
+        if self.bias is not None:
+            z += self.bias
+        return z if self.softcap is None else z.div_(self.softcap).tanh_().mul_(self.softcap)
+
+    def slope(self, logits: Tensor) -> Tensor:
+        """The derivative of the cap where it gave `logits`; only where there is a cap."""
+        assert self.softcap is not None
+        return 1 - (logits / self.softcap).square_()
+
+
 class _LinearCrossEntropy(torch.autograd.Function):
     """The gradient is formed beside the loss, chunk by chunk, so logits are computed once and freed at once."""
 
     @staticmethod
     def forward(
-        ctx: Any, hidden: Tensor, weight: Tensor, targets: Tensor, dtype: torch.dtype, need: tuple[bool, bool]
+        ctx: Any,
+        hidden: Tensor,
+        weight: Tensor,
+        targets: Tensor,
+        bias: Tensor | None,
+        softcap: float | None,
+        dtype: torch.dtype,
+        need: tuple[bool, bool, bool],
     ) -> tuple[Tensor, Tensor]:
-        w = weight.to(dtype)
+        out = _Output(weight.to(dtype), bias, softcap)
         total = torch.zeros((), dtype=torch.float64, device=hidden.device)
         correct = torch.zeros((), dtype=torch.int64, device=hidden.device)
         d_hidden = torch.empty_like(hidden) if need[0] else None
         d_weight = torch.zeros_like(weight, dtype=torch.float32) if need[1] else None
+        d_bias = torch.zeros_like(bias, dtype=torch.float32) if need[2] and bias is not None else None
         rows = _chunk_rows(weight.shape[0])
         for start in range(0, hidden.shape[0], rows):
             at = slice(start, start + rows)
             h, y = _level(hidden[at].to(dtype)), targets[at, None]
-            logprobs = torch.log_softmax(torch.mm(h, w.t())[: len(y)].float(), dim=1)
+            logits = out.logits(h, len(y))
+            logprobs = torch.log_softmax(logits, dim=1)
             picked = logprobs.gather(1, y)
             correct += (picked >= logprobs.amax(dim=1, keepdim=True)).sum()
             total -= picked.sum(dtype=torch.float64)
             if any(need):
-                grad = _level(logprobs.exp_().scatter_add_(1, y, torch.full_like(picked, -1.0)).to(dtype))
+                grad32 = logprobs.exp_().scatter_add_(1, y, torch.full_like(picked, -1.0))
+                if softcap is not None:
+                    grad32 *= out.slope(logits)
+                if d_bias is not None:
+                    d_bias += grad32.sum(0)
+                grad = _level(grad32.to(dtype))
             if d_hidden is not None:
-                d_hidden[at] = torch.mm(grad, w)[: len(y)]
+                d_hidden[at] = torch.mm(grad, out.weight)[: len(y)]
             if d_weight is not None:
                 d_weight += torch.mm(grad.t(), h)
-        ctx.save_for_backward(d_hidden, d_weight)
-        ctx.dtype = weight.dtype
+        ctx.save_for_backward(d_hidden, d_weight, d_bias)
+        ctx.dtypes = weight.dtype, None if bias is None else bias.dtype
         ctx.mark_non_differentiable(correct)
         return total.float(), correct
 
     @staticmethod
     def backward(ctx: Any, *grads: Tensor) -> tuple[Tensor | None, ...]:
-        d_hidden, d_weight = ctx.saved_tensors
+        d_hidden, d_weight, d_bias = ctx.saved_tensors
         d_hidden = None if d_hidden is None else d_hidden * grads[0].to(d_hidden.dtype)
-        d_weight = None if d_weight is None else (d_weight * grads[0]).to(ctx.dtype)
-        return d_hidden, d_weight, None, None, None
+        d_weight = None if d_weight is None else (d_weight * grads[0]).to(ctx.dtypes[0])
+        d_bias = None if d_bias is None else (d_bias * grads[0]).to(ctx.dtypes[1])
+        return d_hidden, d_weight, None, d_bias, None, None, None
 
 
-def linear_cross_entropy(hidden: Tensor, weight: Tensor, targets: Tensor) -> tuple[Tensor, Tensor]:
-    """Sum over N of -log softmax(hidden weight^T)[target], and how many targets no other token was more probable than.
+def linear_cross_entropy(
+    hidden: Tensor, weight: Tensor, targets: Tensor, bias: Tensor | None = None, softcap: float | None = None
+) -> tuple[Tensor, Tensor]:
+    """Sum over N of -log softmax(logits)[target], and how many targets no other token was more probable than.
+
+    Logits are hidden weight^T + bias, and softcap tanh(logits / softcap) of these where there is a cap.
 
     Args:
         hidden: (N, D).
         weight: (V, D) output embedding.
         targets: (N,) int64 in [0, V).
+        bias: (V,) or None.
+        softcap: positive or None.
 
     Returns:
         loss sum (float32 scalar, nats) and correct count (int64 scalar).
     """
     # Asked here: a Function's forward sees requires_grad of weights even where nothing will ever be differentiated.
-    need = (torch.is_grad_enabled() and hidden.requires_grad, torch.is_grad_enabled() and weight.requires_grad)
-    loss, correct = _LinearCrossEntropy.apply(hidden, weight, targets, compute_dtype(hidden), need)
+    on = torch.is_grad_enabled()
+    need = (on and hidden.requires_grad, on and weight.requires_grad, on and bias is not None and bias.requires_grad)
+    loss, correct = _LinearCrossEntropy.apply(hidden, weight, targets, bias, softcap, compute_dtype(hidden), need)
     return loss, correct
 
 
@@ -86,9 +128,16 @@ class _TokenLogProbs(torch.autograd.Function):
 
     @staticmethod
     def forward(
-        ctx: Any, hidden: Tensor, weight: Tensor, targets: Tensor, scale: Tensor, dtype: torch.dtype
+        ctx: Any,
+        hidden: Tensor,
+        weight: Tensor,
+        targets: Tensor,
+        scale: Tensor,
+        bias: Tensor | None,
+        softcap: float | None,
+        dtype: torch.dtype,
     ) -> tuple[Tensor, Tensor]:
-        w = weight.to(dtype)
+        out = _Output(weight.to(dtype), bias, softcap)
         logprobs = torch.empty(hidden.shape[0], dtype=torch.float32, device=hidden.device)
         entropy = torch.empty_like(logprobs)
         norms = torch.empty_like(logprobs)
@@ -96,47 +145,65 @@ class _TokenLogProbs(torch.autograd.Function):
         for start in range(0, hidden.shape[0], rows):
             at = slice(start, start + rows)
             h, y = _level(hidden[at].to(dtype)), targets[at, None]
-            logits = torch.mm(h, w.t())[: len(y)].float().mul_(scale[at, None])
+            logits = out.logits(h, len(y)).mul_(scale[at, None])
             norm = torch.logsumexp(logits, dim=1, keepdim=True)
             norms[at] = norm.squeeze(1)
             logprobs[at] = (logits.gather(1, y) - norm).squeeze(1)
             logits.sub_(norm)
             entropy[at] = -(logits.exp() * logits).sum(1)
-        ctx.save_for_backward(hidden, weight, targets, scale, norms)
-        ctx.dtype = dtype
+        ctx.save_for_backward(hidden, weight, targets, scale, bias, norms)
+        ctx.dtype, ctx.softcap = dtype, softcap
         ctx.mark_non_differentiable(entropy)
         return logprobs, entropy
 
     @staticmethod
     def backward(ctx: Any, *grads: Tensor) -> tuple[Tensor | None, ...]:
-        hidden, weight, targets, scale, norms = ctx.saved_tensors
+        hidden, weight, targets, scale, bias, norms = ctx.saved_tensors
         dtype, upstream = ctx.dtype, grads[0]
-        w = weight.to(dtype)
+        out = _Output(weight.to(dtype), bias, ctx.softcap)
         d_hidden = torch.empty_like(hidden)
         d_weight = torch.zeros_like(weight, dtype=torch.float32)
+        d_bias = None if bias is None else torch.zeros_like(bias, dtype=torch.float32)
         rows = _chunk_rows(weight.shape[0])
         for start in range(0, hidden.shape[0], rows):
             at = slice(start, start + rows)
             h, y = _level(hidden[at].to(dtype)), targets[at, None]
             factor = (upstream[at] * scale[at])[:, None]
-            probs = torch.mm(h, w.t())[: len(y)].float().mul_(scale[at, None]).sub_(norms[at, None]).exp_()
-            grad = _level(probs.mul_(-factor).scatter_add_(1, y, factor).to(dtype))
-            d_hidden[at] = torch.mm(grad, w)[: len(y)]
+            logits = out.logits(h, len(y))
+            slope = None if ctx.softcap is None else out.slope(logits)
+            probs = logits.mul_(scale[at, None]).sub_(norms[at, None]).exp_()
+            grad32 = probs.mul_(-factor).scatter_add_(1, y, factor)
+            if slope is not None:
+                grad32 *= slope
+            if d_bias is not None:
+                d_bias += grad32.sum(0)
+            grad = _level(grad32.to(dtype))
+            d_hidden[at] = torch.mm(grad, out.weight)[: len(y)]
             d_weight += torch.mm(grad.t(), h)
-        return d_hidden, d_weight.to(weight.dtype), None, None, None
+        d_bias = None if d_bias is None else d_bias.to(bias.dtype)
+        return d_hidden, d_weight.to(weight.dtype), None, None, d_bias, None, None
 
 
-def token_logprobs(hidden: Tensor, weight: Tensor, targets: Tensor, temperature: Tensor) -> tuple[Tensor, Tensor]:
-    """log softmax(hidden weight^T / temperature)[target] per token, and the entropy of that distribution (no gradient).
+def token_logprobs(
+    hidden: Tensor,
+    weight: Tensor,
+    targets: Tensor,
+    temperature: Tensor,
+    bias: Tensor | None = None,
+    softcap: float | None = None,
+) -> tuple[Tensor, Tensor]:
+    """log softmax(logits / temperature)[target] per token, and the entropy of that distribution (no gradient).
 
     Args:
         hidden: (N, D).
         weight: (V, D).
         targets: (N,) int64.
         temperature: (N,) float32, positive.
+        bias, softcap: of the logits, as in `linear_cross_entropy`.
 
     Returns:
         logprobs (N,) and entropy (N,), float32, nats.
     """
-    logprobs, entropy = _TokenLogProbs.apply(hidden, weight, targets, temperature.reciprocal(), compute_dtype(hidden))
+    scale = temperature.reciprocal()
+    logprobs, entropy = _TokenLogProbs.apply(hidden, weight, targets, scale, bias, softcap, compute_dtype(hidden))
     return logprobs, entropy

@@ -12,28 +12,48 @@ from torch import Tensor, nn
 class Rotary(nn.Module):
     """Rotary position embedding (Su et al. 2021) in Hugging Face's half-split layout.
 
-    Pair i of a head, (x[i], x[i + K/2]), is turned by the angle t * theta^(-2i/K) at position t. Tables are built in
+    Pair i of a head, (x[i], x[i + K/2]), is turned by the angle t f_i at position t, f_i = theta^(-2i/K). Tables are built in
     float64 and stay float32 whatever the module is cast to: in bfloat16 neighbouring positions fall together past 256.
 
-    They live on the CPU until the module is moved, even in a model that is built on no device: no file holds them.
+    They are no part of any file. They live on the CPU until the module is moved, even in a model that is built on no device,
+    and grow to the positions that were asked for.
 
     Args:
-        head_dim: K, even.
-        max_positions: rows of the table; positions must stay below it.
+        dim: K, even; what is wider than K is turned in its first K entries only (partial rotation).
+        max_positions: positions must stay below it.
         theta: base of the frequencies.
+        frequencies: (K/2,) float64, the f_i where they are others than theta's (`rope.py`).
+        magnitude: factor of what is turned.
     """
 
     cos: Tensor
     sin: Tensor
 
-    def __init__(self, head_dim: int, max_positions: int, theta: float = 10_000.0) -> None:
+    def __init__(
+        self,
+        dim: int,
+        max_positions: int,
+        theta: float = 10_000.0,
+        frequencies: Tensor | None = None,
+        magnitude: float = 1.0,
+    ) -> None:
         super().__init__()
-        frequency = theta ** -(torch.arange(0, head_dim, 2, dtype=torch.float64, device="cpu") / head_dim)
-        angle = torch.outer(torch.arange(max_positions, dtype=torch.float64, device="cpu"), frequency)
-        cos, sin = angle.cos().float(), angle.sin().float()
-        # The second half of sin carries the sign of the rotation, so that turning is x * cos + swapped(x) * sin.
-        self.register_buffer("cos", torch.cat((cos, cos), -1), persistent=False)
-        self.register_buffer("sin", torch.cat((-sin, sin), -1), persistent=False)
+        if frequencies is None:
+            frequencies = theta ** -(torch.arange(0, dim, 2, dtype=torch.float64, device="cpu") / dim)
+        self.max_positions, self.magnitude = max_positions, magnitude
+        self._frequencies = frequencies
+        self.register_buffer("cos", torch.empty(0, dim, device="cpu"), persistent=False)
+        self.register_buffer("sin", torch.empty(0, dim, device="cpu"), persistent=False)
+
+    def _grow(self, extent: int) -> None:
+        assert extent <= self.max_positions, f"position {extent - 1} of {self.max_positions}"
+        rows = min(self.max_positions, max(256, 1 << (extent - 1).bit_length()))
+        # Made in ordinary mode even while generating: training goes on with the same tables.
+        with torch.inference_mode(False), torch.no_grad():
+            angle = torch.outer(torch.arange(rows, dtype=torch.float64, device="cpu"), self._frequencies)
+            cos, sin = (angle.cos() * self.magnitude).float(), (angle.sin() * self.magnitude).float()
+            # The second half of sin carries the sign of the rotation, so that turning is x * cos + swapped(x) * sin.
+            self.cos, self.sin = (torch.cat(x, -1).to(self.cos.device) for x in ((cos, cos), (-sin, sin)))
 
     def _apply(self, fn: Callable[[Tensor], Tensor], recurse: bool = True) -> Rotary:
         # `module.to(torch.bfloat16)` and its like come here: the tables follow to another device, never to another dtype.
@@ -41,13 +61,18 @@ class Rotary(nn.Module):
         self.cos, self.sin = self.cos.to(device), self.sin.to(device)
         return self
 
-    def at(self, positions: Tensor) -> tuple[Tensor, Tensor]:
-        """Rows for `positions` (B, T) as (B, T, 1, K), to meet heads (B, T, H, K)."""
+    def at(self, positions: Tensor, extent: int) -> tuple[Tensor, Tensor]:
+        """Rows for `positions` (B, T), all below `extent`, as (B, T, 1, K), to meet heads (B, T, H, K)."""
+        if extent > self.cos.shape[0]:
+            self._grow(extent)
         return self.cos[positions].unsqueeze(2), self.sin[positions].unsqueeze(2)
 
 
 def _turn(x: Tensor, cos: Tensor, sin: Tensor) -> Tensor:
-    half = x.shape[-1] // 2
+    width = cos.shape[-1]
+    if width < x.shape[-1]:
+        return torch.cat((_turn(x[..., :width], cos, sin), x[..., width:]), -1)
+    half = width // 2
     swapped = torch.cat((x[..., half:], x[..., :half]), -1)
     return (x * cos).addcmul_(swapped, sin).to(x.dtype)
 

@@ -1,8 +1,10 @@
-"""Scaled dot-product attention. Legend: B batch, T time, S time of keys, H query heads, G key/value heads, K head width."""
+"""Scaled dot-product attention. Legend: B batch, T queries, S keys, H query heads, G key/value heads, K key width, V value width."""
 
 from __future__ import annotations
 
 import math
+from collections.abc import Callable
+from dataclasses import dataclass
 from functools import lru_cache
 from typing import Any
 
@@ -10,64 +12,183 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
-# Above this length the T x T probabilities cost more memory traffic than the fused kernel costs arithmetic.
-_EXPLICIT_MAX_T = 512
+# Above this many scores per head the probabilities cost more memory traffic than the fused kernel costs arithmetic.
+_EXPLICIT_MAX = 512 * 512
+
+# Of query positions (T,) or (B, T) and key positions (S,) or (B, S): what is added to the scores, (H, T, S) or (B, H, T, S).
+Bias = Callable[[Tensor, Tensor], Tensor]
+
+
+@dataclass(frozen=True)
+class Scoring:
+    """How a layer scores keys: softmax over the visible keys of cap(scale q.k) + bias.
+
+    scale    1/sqrt(K) by default
+    softcap  cap(s) = softcap tanh(s / softcap) (Gemma 2); no cap by default
+    window   keys further away are hidden: causal attention sees `window` positions, its own among them; attention to both
+             sides sees `window` on each
+    bias     added to the scores, such as T5's relative positions
+    """
+
+    scale: float | None = None
+    softcap: float | None = None
+    window: int | None = None
+    bias: Bias | None = None
+
+
+PLAIN = Scoring()
+
+
+def hidden_score(dtype: torch.dtype) -> float:
+    """What is added to the score of a key that must not be seen. Finite: a row that sees nothing must not become nan."""
+    return -6e4 if dtype == torch.float16 else -1e30
+
+
+def mask_of(visible: Tensor, dtype: torch.dtype) -> Tensor:
+    """bool -> 0 where True and `hidden_score` where False."""
+    return torch.zeros(visible.shape, dtype=dtype, device=visible.device).masked_fill_(~visible, hidden_score(dtype))
 
 
 @lru_cache(maxsize=64)
-def _causal_mask(t: int, dtype: torch.dtype, device: torch.device) -> Tensor:
-    return torch.full((t, t), -torch.inf, dtype=dtype, device=device).triu_(1)
+def causal_mask(t: int, repeats: int, dtype: torch.dtype, device: torch.device) -> Tensor:
+    """(repeats * T, T): the causal mask of T positions, once for each of the query heads that share a key/value head."""
+    mask = torch.full((t, t), hidden_score(dtype), dtype=dtype, device=device).triu_(1)
+    return mask.repeat(repeats, 1)
 
 
-class _CausalAttention(torch.autograd.Function):
-    """softmax(q k^T / sqrt(K) + mask) v with the probabilities kept for the backward pass, all by batched matrix products.
+class _Attention(torch.autograd.Function):
+    """softmax(cap(scale q k^T) + mask + bias) v with the probabilities kept for the backward pass, all by batched products.
 
-    On CPUs with bfloat16 this is three to five times as fast as PyTorch's fused kernel for T <= 256 (docs/log.md).
+    On CPUs with bfloat16 this is three to five times as fast as PyTorch's fused kernel for T <= 256 (docs/log.md). Query heads
+    that share a key/value head stand below each other in one matrix, so keys and values are never repeated.
     """
 
     @staticmethod
-    def forward(ctx: Any, query: Tensor, key: Tensor, value: Tensor) -> Tensor:  # each (N, T, K)
-        t, k = query.shape[-2:]
-        mask = _causal_mask(t, query.dtype, query.device)
-        scores = torch.baddbmm(mask, query, key.transpose(1, 2), alpha=1 / math.sqrt(k))
+    def forward(
+        ctx: Any,
+        query: Tensor,  # (B G, R T, K), R = H / G
+        key: Tensor,  # (B G, S, K)
+        value: Tensor,  # (B G, S, V)
+        bias: Tensor | None,  # (1 or B, H, T, S)
+        mask: Tensor | None,  # (R T, S) when all rows of the batch share it, else (B, 1, T, S)
+        scale: float,
+        softcap: float | None,
+        shape: tuple[int, int, int, int],  # (B, H, T, S)
+    ) -> Tensor:
+        shared = mask is not None and mask.ndim == 2
+        if shared and softcap is None:
+            scores = torch.baddbmm(mask, query, key.transpose(1, 2), alpha=scale)
+        else:
+            scores = torch.baddbmm(query.new_empty(()), query, key.transpose(1, 2), beta=0, alpha=scale)
+        capped = None
+        if softcap is not None:
+            capped = scores.div_(softcap).tanh_()
+            scores = capped * softcap
+            if shared:
+                scores += mask
+        if mask is not None and not shared:
+            scores.view(shape).add_(mask)
+        if bias is not None:
+            scores.view(shape).add_(bias)
         probs = torch.softmax(scores, -1)
-        ctx.save_for_backward(query, key, value, probs)
+        ctx.save_for_backward(query, key, value, probs, capped)
+        ctx.scale, ctx.shape = scale, shape
+        ctx.biases = 0 if bias is None else bias.shape[0]
         return torch.bmm(probs, value)
 
     @staticmethod
-    def backward(ctx: Any, *grads: Tensor) -> tuple[Tensor, Tensor, Tensor]:
-        query, key, value, probs = ctx.saved_tensors
+    def backward(ctx: Any, *grads: Tensor) -> tuple[Tensor | None, ...]:
+        query, key, value, probs, capped = ctx.saved_tensors
         d_out = grads[0]
         d_value = torch.bmm(probs.transpose(1, 2), d_out)
         d_probs = torch.bmm(d_out, value.transpose(1, 2))
         d_scores = torch._softmax_backward_data(d_probs, probs, -1, probs.dtype)
-        d_scores.mul_(1 / math.sqrt(query.shape[-1]))
-        return torch.bmm(d_scores, key), torch.bmm(d_scores.transpose(1, 2), query), d_value
+        d_bias = None
+        if ctx.needs_input_grad[3]:
+            d_bias = d_scores.view(ctx.shape)
+            d_bias = d_bias.sum(0, keepdim=True) if ctx.biases == 1 else d_bias.clone()
+        if capped is not None:
+            d_scores *= 1 - capped.square()
+        none = query.new_empty(())
+        d_query = torch.baddbmm(none, d_scores, key, beta=0, alpha=ctx.scale)
+        d_key = torch.baddbmm(none, d_scores.transpose(1, 2), query, beta=0, alpha=ctx.scale)
+        return d_query, d_key, d_value, d_bias, None, None, None, None
 
 
-def causal_attention(query: Tensor, key: Tensor, value: Tensor) -> Tensor:
-    """Causal attention of B sequences of one length: query (B, T, H, K), key and value (B, T, G, K) -> (B, T, H, K).
+def attention(
+    query: Tensor,
+    key: Tensor,
+    value: Tensor,
+    *,
+    causal: bool = False,
+    mask: Tensor | None = None,
+    bias: Tensor | None = None,
+    scale: float | None = None,
+    softcap: float | None = None,
+) -> Tensor:
+    """Attention of B rows: query (B, T, H, K), key (B, S, G, K), value (B, S, G, V) -> (B, T, H, V).
 
     Query head h reads key/value head h // (H / G) (grouped-query attention, Ainslie et al. 2023).
+
+    Args:
+        query, key, value: as above; G divides H.
+        causal: position i sees the keys 0..i, where T = S. Leaves no place for a mask.
+        mask: (1 or B, T, S), added to the scores: 0 where a key is seen and `hidden_score` where it is not.
+        bias: (1 or B, H, T, S), added to the scores.
+        scale, softcap: see `Scoring`.
     """
     b, t, h, k = query.shape
-    repeats = h // key.shape[2]
-    if query.device.type != "cpu" or t > _EXPLICIT_MAX_T:
+    s, g, v = key.shape[1], key.shape[2], value.shape[3]
+    repeats = h // g
+    scale = 1 / math.sqrt(k) if scale is None else scale
+    dtype, device = query.dtype, query.device
+    if bias is not None:
+        bias = bias.to(dtype)
+    # The fused kernel knows no cap; on CPUs it is taken for long rows only.
+    if softcap is None and (device.type != "cpu" or t * s > _EXPLICIT_MAX):
+        both = None if mask is None else mask.unsqueeze(1)
+        if bias is not None:
+            both = bias if both is None else bias + both
+            if causal:
+                both = both + causal_mask(t, 1, dtype, device)
+        q, k_, v_ = query.transpose(1, 2), key.transpose(1, 2), value.transpose(1, 2)
         out = F.scaled_dot_product_attention(
-            query.transpose(1, 2), key.transpose(1, 2), value.transpose(1, 2), is_causal=True, enable_gqa=repeats > 1
+            q, k_, v_, both, is_causal=causal and both is None, scale=scale, enable_gqa=repeats > 1
         )
         return out.transpose(1, 2)
-    if repeats > 1:
-        key, value = (x.unsqueeze(3).expand(b, t, h // repeats, repeats, k).reshape(b, t, h, k) for x in (key, value))
-    flat = (x.transpose(1, 2).reshape(b * h, t, k) for x in (query, key, value))
-    out = _CausalAttention.apply(*flat)
-    return out.view(b, h, t, k).transpose(1, 2)
+    if causal:
+        mask = causal_mask(t, repeats, dtype, device)
+    elif mask is not None:
+        mask = mask[0].repeat(repeats, 1) if mask.shape[0] == 1 else mask.unsqueeze(1)
+    q = query.transpose(1, 2).reshape(b * g, repeats * t, k)
+    flat = (x.transpose(1, 2).reshape(b * g, s, x.shape[-1]) for x in (key, value))
+    out: Tensor = _Attention.apply(q, *flat, bias, mask, scale, softcap, (b, h, t, s))
+    return out.view(b, h, t, v).transpose(1, 2)
 
 
-def decode_attention(query: Tensor, key: Tensor, value: Tensor, mask: Tensor) -> Tensor:
-    """One new position per sequence: query (B, 1, H, K); key, value (B, G, S, K); additive mask (B, 1, 1, S) -> (B, 1, H, K)."""
+def decode_attention(
+    query: Tensor,
+    key: Tensor,
+    value: Tensor,
+    mask: Tensor | None,
+    *,
+    bias: Tensor | None = None,
+    scale: float | None = None,
+    softcap: float | None = None,
+) -> Tensor:
+    """One new position per sequence: query (B, 1, H, K); key (B, G, S, K), value (B, G, S, V) -> (B, 1, H, V).
+
+    `mask` (B, S) and `bias` (1 or B, H, 1, S) are added to the scores.
+    """
     b, _, h, k = query.shape
-    g = key.shape[1]
+    g, s = key.shape[1:3]
     scores = torch.matmul(query.view(b, g, h // g, k), key.transpose(2, 3)).float()  # (B, G, H/G, S)
-    probs = torch.softmax(scores.mul_(1 / math.sqrt(k)).add_(mask), -1).to(value.dtype)
-    return torch.matmul(probs, value).view(b, 1, h, k)
+    scores.mul_(1 / math.sqrt(k) if scale is None else scale)
+    if softcap is not None:
+        scores.div_(softcap).tanh_().mul_(softcap)
+    if mask is not None:
+        scores.add_(mask[:, None, None])
+    if bias is not None:
+        scores.add_(bias.reshape(-1, g, h // g, s))
+    probs = torch.softmax(scores, -1).to(value.dtype)
+    return torch.matmul(probs, value).view(b, 1, h, value.shape[3])

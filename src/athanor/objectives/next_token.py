@@ -7,7 +7,6 @@ from torch import Tensor
 from athanor.core.errors import NoTargetsError
 from athanor.models.base import CausalLM
 from athanor.nn.context import Packed
-from athanor.nn.loss import linear_cross_entropy
 from athanor.types import IGNORE, Batch
 
 
@@ -29,5 +28,5 @@ def loss(model: CausalLM, batch: Batch) -> tuple[Tensor, int, dict[str, Tensor]]
     hidden = model.hidden(batch.ids.unsqueeze(0), Packed(batch.lengths)).squeeze(0)
     if at.numel() < batch.labels.numel():
         hidden = hidden.index_select(0, at)
-    total, correct = linear_cross_entropy(hidden, model.output_weight, batch.labels[at])
+    total, correct = model.cross_entropy(hidden, batch.labels[at])
     return total, at.numel(), {"correct": correct}

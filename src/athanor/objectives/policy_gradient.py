@@ -13,7 +13,6 @@ from athanor.core.device import Precision, autocast
 from athanor.core.errors import ConfigError, DataError, NoTargetsError
 from athanor.models.base import CausalLM
 from athanor.nn.context import Packed
-from athanor.nn.loss import token_logprobs
 from athanor.types import IGNORE, Batch
 
 
@@ -74,7 +73,7 @@ def build(config: PolicyConfig) -> Loss:
             raise NoTargetsError(f"batch {batch.origin!r}: no answer token to learn from; the rollouts are empty")
         extras = {name: values[at] for name, values in batch.extras.items()}
         hidden = model.hidden(batch.ids.unsqueeze(0), Packed(batch.lengths)).squeeze(0).index_select(0, at)
-        logprobs, entropy = token_logprobs(hidden, model.output_weight, batch.labels[at], extras["temperature"])
+        logprobs, entropy = model.token_logprobs(hidden, batch.labels[at], extras["temperature"])
         difference = logprobs - extras["old_logprobs"]
         ratio = difference.exp()
         advantages = extras["advantages"]
@@ -106,7 +105,7 @@ def add_reference(reference: CausalLM, batch: Batch, precision: Precision) -> No
     at = (on.labels != IGNORE).nonzero().squeeze(1)
     with autocast(reference.device, precision):
         hidden = reference.hidden(on.ids.unsqueeze(0), Packed(on.lengths)).squeeze(0).index_select(0, at)
-        logprobs, _ = token_logprobs(hidden, reference.output_weight, on.labels[at], on.extras["temperature"][at])
+        logprobs, _ = reference.token_logprobs(hidden, on.labels[at], on.extras["temperature"][at])
     batch.extras["ref_logprobs"] = torch.zeros_like(on.extras["old_logprobs"]).index_copy_(0, at, logprobs)
 
 
