@@ -63,7 +63,7 @@ class Fields:
             )
 
     def rope(self) -> dict[str, Any]:
-        """Rotary settings of new files (`rope_parameters`) and old (`rope_theta`, `rope_scaling`); there always is a `rope_type`."""
+        """Rotary settings of new files (`rope_parameters`) and old (`rope_theta`, `rope_scaling`), always with a `rope_type`."""
         new, old = self._typed("rope_parameters", {}, (dict,), "a table"), self._typed("rope_scaling", {}, (dict,), "a table")
         both = {**old, **new}
         both["rope_type"] = both.get("rope_type") or both.pop("type", None) or "default"

@@ -1,7 +1,7 @@
-"""Keys and values of generation in progress: a contiguous cache, one row per sequence, and the contexts that fill and read it.
+"""Keys and values of generation in progress: a contiguous cache, a row per sequence, and the contexts that fill and read it.
 
-Legend: R rows (sequences), G key/value heads, S positions, K key width, V value width, W width of a recurrent state, N tokens laid
-end to end.
+Legend: R rows (sequences), G key/value heads, S positions, K key width, V value width, W width of a recurrent state, N tokens
+laid end to end.
 """
 
 from __future__ import annotations

@@ -27,7 +27,7 @@ from athanor.nn.sdpa import PLAIN, Scoring, attention, mask_of
 
 # Of the memory (.., D): its keys (.., G, K) and values (.., G, V) for one layer.
 Project = Callable[[Tensor], tuple[Tensor, Tensor]]
-# Of x (B, T, D), the true lengths (B,) or None, and a state (B, W) or None: outputs (B, T, ..) and the states after each last step.
+# Of x (B, T, D), true lengths (B,) or None, states (B, W) or None: outputs (B, T, ..) and the states after each last step.
 Cell = Callable[[Tensor, "Tensor | None", "Tensor | None"], tuple[Tensor, Tensor]]
 
 
@@ -279,7 +279,7 @@ class Packed:
         return self._scan(cell, x)[0]
 
     def _scan(self, cell: Cell, x: Tensor) -> tuple[Tensor, Tensor]:
-        """Outputs (1, N, ..) and the state after each sequence (S, W). All sequences stand in one rectangle: steps are what costs."""
+        """Outputs (1, N, ..) and states (S, W). All sequences stand in one rectangle: it is steps that cost."""
         out, state = cell(to_rows(x[0], self.lengths), self.lengths, None)
         return from_rows(out, self.lengths).unsqueeze(0), state
 

@@ -1,4 +1,7 @@
-"""Scaled dot-product attention. Legend: B batch, T queries, S keys, H query heads, G key/value heads, K key width, V value width."""
+"""Scaled dot-product attention.
+
+Legend: B batch, T queries, S keys, H query heads, G key/value heads, K key width, V value width.
+"""
 
 from __future__ import annotations
 
