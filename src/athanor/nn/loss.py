@@ -13,7 +13,7 @@ from athanor.nn.norms import compute_dtype
 _CHUNK_ELEMENTS = 1 << 22  # logits in flight: 16 MiB of float32, small enough to stay near the cache
 
 
-_LEVEL = 256  # rows of a matrix product are filled up to a multiple of this
+_LEVEL, _FINE = 256, 64  # rows of a bfloat16 product are filled up to a multiple of this (of _FINE where they are few)
 
 
 def _chunk_rows(vocab: int) -> int:
@@ -22,7 +22,9 @@ def _chunk_rows(vocab: int) -> int:
 
 def _level(x: Tensor) -> Tensor:
     """Rows of zeros after the last, so that batches of any size come as few shapes: oneDNN prepares (and keeps) code for each."""
-    return F.pad(x, (0, 0, 0, -x.shape[0] % _LEVEL))
+    if x.dtype != torch.bfloat16:  # other products do not run in oneDNN
+        return x
+    return F.pad(x, (0, 0, 0, -x.shape[0] % (_LEVEL if x.shape[0] > _LEVEL else _FINE)))
 
 
 class _Output(NamedTuple):

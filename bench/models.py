@@ -1,0 +1,214 @@
+"""Speed of every architecture beside transformers, on the CPU: `python bench/models.py --help`.
+
+forward        logits of whole sequences, no gradients
+forward + backward   the loss of every token and all gradients, as a training step computes them
+
+Both sides have the same weights (through a file), the same ids and the same dtype of weights, live in one process with the same
+threads and allocator settings, and take turns; nothing is compiled. transformers runs its fastest attention and, for mixtures,
+the fastest of its implementations of experts. A ratio is the median of the ratios of the rounds. Before anything is timed, both
+sides must compute the same logits.
+"""
+
+from __future__ import annotations
+
+import argparse
+import importlib.util
+import statistics
+import sys
+import tempfile
+from collections.abc import Callable, Mapping, Sequence
+from importlib import metadata
+from pathlib import Path
+from typing import Any
+
+import torch
+import torch.nn.functional as F
+from torch import Tensor
+from training.rounds import ROUNDS, ratio, repeated, take_turns
+
+from athanor.core import io as files
+from athanor.core import plugins
+from athanor.core.device import machine, supports_bf16, tune_allocator
+from athanor.core.errors import AthanorError, ConfigError, MissingExtraError, VerificationError
+from athanor.models import io
+
+PEER = "transformers"
+TIME = 128  # tokens of a row
+BATCHES = (1, 8)
+WANTED, WANTED_OF_MIXTURES = 1.0, 1.2
+PASSES = ("forward", "forward + backward")
+TOLERANCE = {torch.float32: 1e-3, torch.bfloat16: 0.1}  # of the spread of the logits
+
+_COMMON = {"vocab_size": 8192, "d_model": 512, "n_layers": 4, "n_heads": 8, "max_positions": 1024}
+
+
+def _decoder(**more: Any) -> dict[str, Any]:
+    return _COMMON | {"n_kv_heads": 4, "d_ff": 1408} | more
+
+
+SHAPES: dict[str, dict[str, Any]] = {
+    "llama": _decoder(),
+}
+
+
+def sides(name: str, dtype: torch.dtype, folder: Path) -> tuple[Any, dict[str, Any]]:
+    """Our model, and theirs by the implementation of experts ("" where there are none)."""
+    import transformers
+
+    config = plugins.load("models", name).Config(**SHAPES[name])
+    fields = config.to_hf()
+    settings = transformers.AutoConfig.for_model(**fields)
+    cls = getattr(transformers, fields["architectures"][0])
+    torch.manual_seed(0)
+    first = cls._from_config(settings, dtype=dtype)
+    first.save_pretrained(folder)
+    theirs = {"": first}
+    if name in MIXTURES:
+        theirs = {kind: cls.from_pretrained(folder, experts_implementation=kind, dtype=dtype) for kind in MIXTURES[name]}
+    for model in theirs.values():
+        model.config.use_cache = False
+    ours = io.load(folder)
+    return ours, {kind: model.train() for kind, model in theirs.items()}
+
+
+MIXTURES: dict[str, tuple[str, ...]] = {}
+
+
+def inputs(model: Any, batch: int) -> dict[str, Tensor]:
+    generator = torch.Generator().manual_seed(batch)
+    ids = torch.randint(3, model.config.vocab_size, (batch, TIME), generator=generator)
+    if model.kind != "encoder_decoder":
+        return {"input_ids": ids}
+    return {"input_ids": ids, "decoder_input_ids": ids.flip(1)}
+
+
+def passes(model: Any, given: Mapping[str, Tensor], ours: bool) -> dict[str, Callable[[], int]]:
+    """The two passes as steps that return how many tokens they computed."""
+    targets = given["input_ids"].roll(-1, 1)
+    arguments = list(given.values())
+
+    @torch.no_grad()
+    def forward() -> int:
+        model(*arguments) if ours else model(**given)
+        return targets.numel()
+
+    def both() -> int:
+        if ours:
+            hidden = whole(model, arguments)
+            loss = model.cross_entropy(hidden.flatten(0, 1), targets.flatten())[0] / targets.numel()
+        else:
+            loss = F.cross_entropy(model(**given).logits.flatten(0, 1).float(), targets.flatten())
+        loss.backward()
+        model.zero_grad(set_to_none=True)
+        return targets.numel()
+
+    return dict(zip(PASSES, (forward, both), strict=True))
+
+
+def whole(model: Any, arguments: Sequence[Tensor]) -> Tensor:
+    """Hidden states of whole sequences."""
+    from athanor.nn.context import Bidirectional, Causal, Memory, WithMemory
+
+    ids = arguments[0]
+    if model.kind == "decoder":
+        return model.hidden(ids, Causal(*ids.shape))
+    if model.kind == "encoder":
+        return model.hidden(ids, Bidirectional(*ids.shape))
+    memory = Memory(model.encode(ids, Bidirectional(*ids.shape)))
+    return model.hidden(arguments[1], WithMemory(Causal(*arguments[1].shape), memory))
+
+
+def agree(name: str, ours: Any, theirs: Any, given: Mapping[str, Tensor], dtype: torch.dtype) -> None:
+    with torch.no_grad():
+        expected = theirs.eval()(**given).logits.float()
+        distance = float((ours(*given.values()).float() - expected).abs().max() / expected.std())
+    theirs.train()
+    if not distance <= TOLERANCE[dtype]:
+        raise VerificationError(
+            f"{name}: logits differ by {distance:.3g} of their spread in {dtype} and may by {TOLERANCE[dtype]:.3g} for speeds to"
+            " be comparable: see which of the two changed (tests/models/test_parity.py)"
+        )
+
+
+def measure(name: str, dtype: torch.dtype, batch: int, seconds: float, folder: Path) -> dict[str, Any]:
+    """Per pass: tokens per second of each side and the ratio to the fastest of theirs."""
+    ours, theirs = sides(name, dtype, folder)
+    ours.train()
+    given = inputs(ours, batch)
+    for model in theirs.values():
+        agree(name, ours, model, given, dtype)
+    mine = passes(ours, given, True)
+    yours = {kind: passes(model, given, False) for kind, model in theirs.items()}
+    found = {}
+    for which in PASSES:
+        contenders = {"athanor": repeated(mine[which])}
+        contenders |= {f"{PEER} {kind}".strip(): repeated(steps[which]) for kind, steps in yours.items()}
+        rates = take_turns(contenders, seconds)
+        best = max((k for k in rates if k != "athanor"), key=lambda k: statistics.median(rates[k]))
+        found[which] = {"tokens_per_second": rates, "peer": best, "ratio": ratio(rates["athanor"], rates[best])}
+    return found
+
+
+def arguments(argv: Sequence[str] | None) -> argparse.Namespace:
+    parser = argparse.ArgumentParser(description="Speed of architectures beside transformers; see docs/benchmarks.md.")
+    parser.add_argument("--seconds", type=float, default=2.0, help="timed seconds of each contender (default %(default)g)")
+    parser.add_argument("--models", nargs="+", choices=sorted(SHAPES), default=sorted(SHAPES), help="default: all")
+    parser.add_argument("--dtypes", nargs="+", choices=("fp32", "bf16"), default=["fp32", "bf16"])
+    parser.add_argument("--json", type=Path, metavar="PATH", help="also write everything that was measured there")
+    options = parser.parse_args(argv)
+    if not options.seconds > 0:
+        raise ConfigError(f"--seconds ({options.seconds:g}) must be above 0: 2 is usual")
+    return options
+
+
+def run(options: argparse.Namespace) -> None:
+    from transformers.utils import logging
+
+    logging.set_verbosity_error()
+    logging.disable_progress_bar()
+    facts = machine() | {PEER: metadata.version(PEER)}
+    for key, value in facts.items():
+        print(f"{key:<14}{value}")
+    tune_allocator()
+    dtypes = {"fp32": torch.float32, "bf16": torch.bfloat16}
+    if not supports_bf16(torch.device("cpu")):
+        dtypes.pop("bf16")
+    results: dict[str, Any] = {"machine": facts, "seconds": options.seconds, "rounds": ROUNDS, "models": {}}
+    columns = [(d, b, p) for d in options.dtypes if d in dtypes for b in BATCHES for p in PASSES]
+    print(f"\nTimes as fast as transformers ({TIME} tokens a row; f: forward, fb: forward + backward)\n{'':<14}", end="")
+    print("".join(f"{d} x{b} {'fb' if '+' in p else 'f':<4}".rjust(13) for d, b, p in columns), flush=True)
+    for name in options.models:
+        cells: dict[tuple[str, int, str], float] = {}
+        results["models"][name] = {}
+        print(f"{name:<14}", end="", flush=True)
+        for d in options.dtypes:
+            if d not in dtypes:
+                continue
+            for batch in BATCHES:
+                with tempfile.TemporaryDirectory() as folder:
+                    found = measure(name, dtypes[d], batch, options.seconds, Path(folder))
+                results["models"][name][f"{d} batch {batch}"] = found
+                for which in PASSES:
+                    cells[d, batch, which] = found[which]["ratio"]
+                    print(f"{found[which]['ratio']:>13.2f}", end="", flush=True)
+        wanted = WANTED_OF_MIXTURES if name in MIXTURES else WANTED
+        low = min(cells.values())
+        print(f"   {'' if low >= wanted else f'below {wanted}'}")
+    if options.json:
+        files.write_json(options.json, results)
+
+
+def main(argv: Sequence[str] | None = None) -> int:
+    try:
+        options = arguments(argv)
+        if importlib.util.find_spec(PEER) is None:
+            raise MissingExtraError(f"{PEER} is not installed, to compare with: pip install 'athanor-lm[dev]'")
+        run(options)
+    except AthanorError as error:
+        print(f"bench/models.py: {error}", file=sys.stderr)
+        return 1
+    return 0
+
+
+if __name__ == "__main__":
+    sys.exit(main())
