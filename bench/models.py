@@ -39,11 +39,11 @@ WANTED, WANTED_OF_MIXTURES = 1.0, 1.2
 PASSES = ("forward", "forward + backward")
 TOLERANCE = {torch.float32: 1e-3, torch.bfloat16: 0.1}  # of the spread of the logits
 
-_COMMON = {"vocab_size": 8192, "d_model": 512, "n_layers": 4, "n_heads": 8, "max_positions": 1024}
+_COMMON = {"vocab_size": 8192, "d_model": 256, "n_layers": 4, "n_heads": 4, "max_positions": 1024}
 
 
 def _decoder(**more: Any) -> dict[str, Any]:
-    return _COMMON | {"n_kv_heads": 4, "d_ff": 1408} | more
+    return _COMMON | {"n_kv_heads": 2, "d_ff": 704} | more
 
 
 SHAPES: dict[str, dict[str, Any]] = {

@@ -76,7 +76,9 @@ class Rectangle:
         window = scoring.window
         if window is not None and window >= max(self._positions.shape[-1], self._keys.shape[-1]):
             window = None
-        plain = self._causal and window is None and self._hidden is None and self._prefix is None
+        # The causal rule alone, where queries and keys are the same positions, needs no mask.
+        same = self._positions is self._keys
+        plain = same and self._causal and window is None and self._hidden is None and self._prefix is None
         mask = None if plain else self._mask(window, query.dtype)
         return attention(query, key, value, causal=plain, mask=mask, bias=bias, scale=scoring.scale, softcap=scoring.softcap)
 
