@@ -2,13 +2,17 @@
 
 import json
 import re
+import subprocess
+import sys
+from pathlib import Path
 
 import pytest
 import torch
 from safetensors.torch import load_file, save_file
 
 from athanor.core.errors import CheckpointError
-from athanor.models import io
+from athanor.core.weights import save_sharded
+from athanor.models import io, llama
 
 
 @pytest.fixture
@@ -127,3 +131,38 @@ def test_prepare_sees_the_model_and_the_fields_before_weights_are_read(folder):
 def test_extra_fields_join_the_config(tiny, tmp_path):
     io.save(tiny(), tmp_path, {"quantization_config": {"bits": 8}})
     assert io.read_config(tmp_path)["quantization_config"] == {"bits": 8}
+
+
+PEAK = """
+import sys, torch
+from pathlib import Path
+from athanor.models import io, llama
+
+def resident(which):
+    for line in open("/proc/self/status"):
+        if line.startswith(which):
+            return int(line.split()[1]) * 1024
+
+io.load(Path(sys.argv[1]))  # what only the first load needs
+before = resident("VmRSS")
+Path("/proc/self/clear_refs").write_text("5")  # forget the peak so far
+model = io.load(Path(sys.argv[2]))
+weights = sum(p.nbytes for p in model.parameters())
+print((resident("VmHWM") - before) / weights, weights)
+"""
+
+
+@pytest.mark.skipif(not Path("/proc/self/clear_refs").exists(), reason="peak memory is measured by Linux's /proc")
+@pytest.mark.parametrize("shards", [1, 4])
+def test_loading_takes_little_more_memory_than_the_weights(tiny, tmp_path, shards):
+    """Peak resident memory is at most 1.15 times the weights; a second copy of them would make it 2."""
+    io.save(tiny(), tmp_path)
+    big = llama.Model(llama.Config(8192, 640, 6, 10, 5, 2560, tied=False))
+    weights = sum(p.nbytes for p in big.parameters())
+    (tmp_path / "big").mkdir()
+    save_sharded(tmp_path / "big", big.to_hf(big.state_dict()), {"format": "pt"}, weights // shards + 2**20)
+    (tmp_path / "big" / "config.json").write_text(json.dumps(big.config.to_hf()))
+    out = subprocess.run([sys.executable, "-c", PEAK, tmp_path, tmp_path / "big"], capture_output=True, text=True, check=True)
+    ratio, loaded = out.stdout.split()
+    assert int(loaded) == weights > 150e6
+    assert float(ratio) <= 1.15
