@@ -292,7 +292,7 @@ def mine(tmp_path, monkeypatch):
 
 
 def test_there_is_one_file_for_each_kind():
-    assert [str(Path(path).parent) for path in contributed()] == ["evals/tasks", "align/rewards", "objectives"]
+    assert [str(Path(path).parent) for path in contributed()] == ["evals/tasks", "align/rewards", "objectives", "models"]
 
 
 def test_they_are_written_as_the_house_writes(mine):

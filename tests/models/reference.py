@@ -27,15 +27,16 @@ def config_of(case):
 
 
 def theirs_of(config, implementation="sdpa"):
-    """A random model of transformers; norms and biases are random too."""
+    """A random model of transformers; norms and biases are random too, norms about what they begin with."""
     torch.manual_seed(0)
     fields = config.to_hf()
     settings = transformers.AutoConfig.for_model(**fields)
     cls = getattr(transformers, fields["architectures"][0])
+    implementation = implementation if cls._supports_sdpa else "eager"
     model = cls._from_config(settings, dtype=torch.float32, attn_implementation=implementation).eval()
     with torch.no_grad():
         for name, p in model.named_parameters():
-            p.normal_(1.0 if "norm" in name.lower() and name.endswith("weight") else 0.0, 0.15)
+            p.normal_(float(p.mean()) if "norm" in name.lower() and name.endswith("weight") else 0.0, 0.15)
     return model
 
 

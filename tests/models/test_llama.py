@@ -3,9 +3,13 @@
 import re
 
 import pytest
+import torch
 
 from athanor.core.errors import CheckpointError, ConfigError
-from athanor.models.llama import Config
+from athanor.infer.runner import Runner
+from athanor.models.llama import PRESETS, Config
+from athanor.nn.rope import DynamicRope, LinearRope, Llama3Rope, YarnRope
+from tests.models.reference import greatest, inputs, logits, ours_of, packed, random_ids, separate, theirs_of
 
 FIELDS = Config(vocab_size=100, d_model=64, n_heads=4, n_kv_heads=2, rope_theta=250.0).to_hf()
 
@@ -22,6 +26,11 @@ FIELDS = Config(vocab_size=100, d_model=64, n_heads=4, n_kv_heads=2, rope_theta=
         ({"n_layers": -1}, "n_layers (-1) must be at least 1"),
         ({"rope_theta": 0.0}, "rope_theta (0.0) must be positive: 10000 is usual"),
         ({"norm_eps": float("nan")}, "norm_eps (nan) must be positive: 1e-5 is usual"),
+        ({"head_dim": 5}, "head_dim (5) must be even and positive for rotary positions: 64 is usual"),
+        (
+            {"rope_scaling": DynamicRope(2.0, 32), "max_positions": 99},
+            "max_positions (99) must be factor times original_max_position_embeddings of dynamic scaling (2 x 32): use 64",
+        ),
     ],
 )
 def test_a_shape_that_cannot_be_is_refused(fields, message):
@@ -68,8 +77,7 @@ def test_fields_that_an_old_file_lacks_have_the_values_of_transformers():
     ("fields", "message"),
     [
         ({"hidden_act": "gelu"}, "hidden_act is 'gelu'"),
-        ({"attention_bias": True}, "attention_bias is True"),
-        ({"mlp_bias": True}, "mlp_bias is True"),
+        ({"hidden_act": "relu"}, "hidden_act is 'relu'"),
     ],
 )
 def test_what_is_not_computed_is_refused_by_name(fields, message):
@@ -81,3 +89,77 @@ def test_what_is_not_computed_is_refused_by_name(fields, message):
 def test_a_missing_field_is_named(name):
     with pytest.raises(CheckpointError, match=f"config.json lacks '{name}', which a llama needs: copy it again"):
         Config.from_hf({k: v for k, v in FIELDS.items() if k != name})
+
+
+@pytest.mark.parametrize(
+    ("fields", "scaling"),
+    [
+        ({"rope_scaling": {"type": "linear", "factor": 4}}, LinearRope(4.0)),
+        ({"rope_scaling": {"rope_type": "dynamic", "factor": 2.0}}, DynamicRope(2.0, 1024)),
+        (
+            {"rope_scaling": {"type": "yarn", "rope_type": "yarn", "factor": 4.0, "original_max_position_embeddings": 256}},
+            YarnRope(4.0, 256),
+        ),
+        ({"rope_scaling": {"type": "yarn", "factor": 4.0}}, YarnRope(4.0, 1024)),
+        ({"rope_scaling": {"type": "yarn", "factor": 4.0}, "original_max_position_embeddings": 128}, YarnRope(4.0, 128)),
+        (
+            {"rope_parameters": {"rope_type": "llama3", "factor": 8.0, "low_freq_factor": 1, "high_freq_factor": 4}},
+            Llama3Rope(8.0, 1.0, 4.0, 1024),
+        ),
+        ({"rope_parameters": {"rope_type": "linear", "factor": 2.0, "partial_rotary_factor": 1.0}}, LinearRope(2.0)),
+    ],
+)
+def test_old_and_new_fields_of_scalings_are_read_as_transformers_reads_them(fields, scaling):
+    from transformers import LlamaConfig
+
+    plain = {k: v for k, v in FIELDS.items() if not k.startswith("rope")} | {"rope_theta": 250.0}
+    config = Config.from_hf(plain | fields)
+    assert config.rope_scaling == scaling
+    assert config.rope_theta == 250.0
+    theirs = LlamaConfig(**plain | {k: dict(v) if isinstance(v, dict) else v for k, v in fields.items()})
+    assert Config.from_hf(theirs.to_dict()) == config
+    assert Config.from_hf(config.to_hf()) == config
+    assert config.max_positions == (2048 if isinstance(scaling, DynamicRope) else 1024)
+
+
+@pytest.mark.parametrize(
+    ("rope", "message"),
+    [
+        ({"rope_type": "su", "factor": 2.0}, "rope_type ('su') must be one of default, linear, dynamic, yarn, llama3, longrope"),
+        ({"rope_type": "default", "partial_rotary_factor": 0.5}, "partial_rotary_factor (0.5) is no field of default rotary"),
+        ({"rope_type": "linear", "factor": 0}, "factor (0) of linear scaling must be a number from 1 on"),
+    ],
+)
+def test_a_scaling_that_is_not_computed_is_refused(rope, message):
+    with pytest.raises(CheckpointError, match="^" + re.escape(f"config.json: rope_parameters: {message}")):
+        Config.from_hf(FIELDS | {"rope_parameters": rope})
+
+
+def test_published_presets_have_the_shapes_of_their_files():
+    sizes = {"llama-1.1b": 1_100_048_384, "llama-2-7b": 6_738_415_616, "llama-3-8b": 8_030_261_248, "llama-3.1-8b": 8_030_261_248}
+    for name, size in sizes.items():
+        assert n_parameters(PRESETS[name]) == size, name
+
+
+def n_parameters(config):
+    from athanor.models import io
+
+    return io.build(config.to_hf()["model_type"], config).n_parameters()
+
+
+def test_beyond_the_original_context_dynamic_scaling_is_that_of_transformers(tmp_path):
+    config = PRESETS["tiny-dynamic"]
+    theirs = theirs_of(config)
+    ours = ours_of(theirs, tmp_path)
+    for time in (96, 97, 150):
+        given = inputs(config, "decoder", rows=2, time=time)
+        with torch.no_grad():
+            assert greatest(logits(ours, given), theirs(**given).logits) <= 1e-5
+    sources = [random_ids(config, n, seed=n) for n in (120, 20, 97, 150)]
+    with torch.no_grad():
+        assert greatest(packed(ours, sources), separate(ours, sources)) <= 1e-5
+    runner = Runner(ours)
+    runner.prefill([random_ids(config, 95).tolist()], 0)
+    runner.decode([5], [95])
+    with pytest.raises(ConfigError, match=re.escape("position 96 is beyond original_max_position_embeddings (96)")):
+        runner.decode([5], [96])

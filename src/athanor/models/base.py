@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
+from types import MappingProxyType
 from typing import Any, ClassVar, Literal, Protocol
 
 import torch
@@ -63,11 +64,13 @@ class LanguageModel(nn.Module):
         kind: what the family can do.
         prefix: what the names of all but the heads begin with in a file; files of the bare trunk lack it.
         harmless: patterns (`re.fullmatch`) of tensors in files of others that nothing is computed with.
+        renamed: (pattern, replacement) pairs that bring names of old files to today's.
         lm_modules: attributes that only the family's own logits need; None in a model with another head or none (`heads.py`).
 
     Attributes:
         task: what stands on the trunk: "lm", "none", or a head of `heads.py`.
         token_ids: as its files name them.
+        fields: those of config.json as they were read, so that what nothing is computed with is not lost.
     """
 
     config: ModelConfig
@@ -75,13 +78,25 @@ class LanguageModel(nn.Module):
     kind: ClassVar[Literal["decoder", "encoder", "encoder_decoder", "tagger"]]
     prefix: ClassVar[str] = ""
     harmless: ClassVar[tuple[str, ...]] = ()
+    renamed: ClassVar[tuple[tuple[str, str], ...]] = ()
     lm_modules: ClassVar[tuple[str, ...]] = ("head",)
     task: str = "lm"
     token_ids: TokenIds = TokenIds()
+    fields: Mapping[str, Any] = MappingProxyType({})
 
     def initialise(self, generator: torch.Generator) -> None:
         """Fresh weights."""
         raise NotImplementedError  # every architecture defines it
+
+    def become(self, architecture: str, holds: Callable[[str], bool]) -> None:
+        """Drop or add what a file of `architecture` ("BertModel", "" for none named) lacks or has besides.
+
+        `holds` says whether the file has a tensor of that name. Called before anything has a device.
+        """
+        if architecture.endswith("Model") and not architecture.endswith("LMHeadModel"):
+            self.task = "none"
+            for name in self.lm_modules:
+                setattr(self, name, None)
 
     def hidden(self, ids: Tensor, ctx: Context) -> Tensor:
         """Final hidden states, normalised: ids (B, T) int64 -> (B, T, D)."""

@@ -5,21 +5,26 @@ Legend: B batch, T time, D width (d_model), V vocabulary, H query heads, G key/v
 
 from __future__ import annotations
 
+from collections.abc import Sequence
 from dataclasses import dataclass
 from typing import Any
 
 import torch
 from torch import Tensor, nn
 
-from athanor.core.errors import ConfigError
+from athanor.core.errors import CheckpointError, ConfigError
 from athanor.models.base import CausalLM
 from athanor.models.fields import Fields
 from athanor.models.keys import Entry, Fused
+from athanor.nn import rope
 from athanor.nn.attention import Attention, Turn
 from athanor.nn.context import Context
 from athanor.nn.feedforward import GatedFeedForward
 from athanor.nn.norms import RMSNorm
 from athanor.nn.positions import Rotary
+from athanor.nn.sdpa import PLAIN, Scoring
+
+FULL, SLIDING = "full_attention", "sliding_attention"
 
 
 @dataclass(frozen=True)
@@ -37,6 +42,7 @@ class Config:
     norm_eps       added to the mean square in RMSNorm
     tied           whether the output embedding is the input embedding
     head_dim       K; 0 is d_model / n_heads
+    rope_scaling   what is done to the rotary frequencies for long contexts (`rope.py`)
     """
 
     vocab_size: int
@@ -50,6 +56,7 @@ class Config:
     norm_eps: float = 1e-5
     tied: bool = True
     head_dim: int = 0
+    rope_scaling: rope.Scaling | None = None
 
     def __post_init__(self) -> None:
         for name in ("vocab_size", "d_model", "n_layers", "n_heads", "n_kv_heads", "d_ff", "max_positions"):
@@ -69,6 +76,24 @@ class Config:
             raise ConfigError(f"rope_theta ({self.rope_theta}) must be positive: 10000 is usual")
         if not self.norm_eps > 0:
             raise ConfigError(f"norm_eps ({self.norm_eps}) must be positive: 1e-5 is usual")
+        if self.rope_scaling is not None:
+            self.rope_scaling.check(self.rotary_dim, self.rope_theta, self.max_positions)
+
+    @property
+    def rotary_dim(self) -> int:
+        """How many entries of a head are turned."""
+        return self.head_dim
+
+    @property
+    def cached_positions(self) -> int:
+        """Longest sequence that can be generated from a cache: frequencies must not change meanwhile."""
+        by = self.rope_scaling
+        border = by.original_max_position_embeddings if isinstance(by, rope.ByLength) and not by.constant else self.max_positions
+        return min(border, self.max_positions)
+
+    def scoring(self, layer: int) -> Scoring:
+        """How layer `layer` scores keys."""
+        return PLAIN
 
     def _derive_head_dim(self) -> None:
         d, h = self.d_model, self.n_heads
@@ -85,7 +110,9 @@ class Config:
         object.__setattr__(self, "head_dim", d // h)
 
     def to_hf(self) -> dict[str, Any]:
-        """The fields that Hugging Face's decoders have in common, for readers old (rope_theta) and new (rope_parameters)."""
+        """The fields that Hugging Face's decoders have in common, for readers old (rope_theta, rope_scaling) and new."""
+        by = self.rope_scaling
+        scaling = {} if by is None else by.to_hf()
         return {
             "vocab_size": self.vocab_size,
             "hidden_size": self.d_model,
@@ -94,18 +121,78 @@ class Config:
             "num_key_value_heads": self.n_kv_heads,
             "head_dim": self.head_dim,
             "intermediate_size": self.d_ff,
-            "max_position_embeddings": self.max_positions,
+            "max_position_embeddings": (
+                by.original_max_position_embeddings if isinstance(by, rope.DynamicRope) else self.max_positions
+            ),
             "rope_theta": self.rope_theta,
-            "rope_parameters": {"rope_theta": self.rope_theta, "rope_type": "default"},
+            "rope_parameters": {"rope_theta": self.rope_theta, "rope_type": "default"} | scaling,
             "rms_norm_eps": self.norm_eps,
             "tie_word_embeddings": self.tied,
             "hidden_act": "silu",
-        }
+        } | ({"rope_scaling": scaling} if scaling else {})
 
 
-def common(fields: Fields) -> dict[str, Any]:
-    """The arguments of `Config` from the fields that Hugging Face's decoders have in common."""
+@dataclass(frozen=True)
+class Windowed(Config):
+    """Shape of a decoder whose attention may see only the last positions.
+
+    window  how many, its own among them; None for all
+    """
+
+    window: int | None = None
+
+    def __post_init__(self) -> None:
+        super().__post_init__()
+        if self.window is not None and self.window < 1:
+            raise ConfigError(f"window ({self.window}) must be at least 1, or None for attention to all of the past")
+
+    def scoring(self, layer: int) -> Scoring:
+        return Scoring(window=self.window)
+
+
+@dataclass(frozen=True)
+class Layered(Windowed):
+    """Shape of a decoder some of whose layers have a window.
+
+    layer_types  of each layer "sliding_attention" or "full_attention"; () is sliding for all where there is a window
+    """
+
+    layer_types: tuple[str, ...] = ()
+
+    def __post_init__(self) -> None:
+        super().__post_init__()
+        if not self.layer_types:
+            object.__setattr__(self, "layer_types", (FULL if self.window is None else SLIDING,) * self.n_layers)
+        if len(self.layer_types) != self.n_layers:
+            raise ConfigError(
+                f"layer_types names {len(self.layer_types)} layers and n_layers is {self.n_layers}: name each layer"
+            )
+        for kind in self.layer_types:
+            if kind not in (FULL, SLIDING):
+                raise ConfigError(f"layer_types has {kind!r} and may have {FULL!r} and {SLIDING!r}: use one of these")
+        if self.window is None and SLIDING in self.layer_types:
+            raise ConfigError(f"layer_types has {SLIDING!r} and window is None: say how many positions such a layer sees")
+
+    def slides(self, layer: int) -> bool:
+        """Whether layer `layer` has a window."""
+        return self.layer_types[layer] == SLIDING
+
+    def scoring(self, layer: int) -> Scoring:
+        return Scoring(window=self.window) if self.slides(layer) else PLAIN
+
+
+def common(fields: Fields, positions: int = 2048) -> dict[str, Any]:
+    """The arguments of `Config` from the fields that Hugging Face's decoders have in common.
+
+    Args:
+        fields: of config.json.
+        positions: `max_position_embeddings` of files that do not say.
+    """
     heads = fields.int("num_attention_heads")
+    positions = fields.int("max_position_embeddings", positions)
+    rotary = fields.rope()
+    theta = rotary.pop("rope_theta")
+    by = _scaling(rotary, fields.int("original_max_position_embeddings", None), positions)
     return {
         "vocab_size": fields.int("vocab_size"),
         "d_model": fields.int("hidden_size"),
@@ -113,12 +200,36 @@ def common(fields: Fields) -> dict[str, Any]:
         "n_heads": heads,
         "n_kv_heads": fields.int("num_key_value_heads", heads),
         "d_ff": fields.int("intermediate_size"),
-        "max_positions": fields.int("max_position_embeddings", 2048),
-        "rope_theta": fields.rope()["rope_theta"],
+        "max_positions": by.longest if isinstance(by, rope.DynamicRope) else positions,
+        "rope_theta": theta,
         "norm_eps": fields.float("rms_norm_eps", 1e-6),
         "tied": fields.bool("tie_word_embeddings", False),
         "head_dim": fields.int("head_dim", 0),
+        "rope_scaling": by,
     }
+
+
+def _scaling(rotary: dict[str, Any], original: int | None, positions: int) -> rope.Scaling | None:
+    values = {k: v for k, v in rotary.items() if k != "type" and (k, v) != ("partial_rotary_factor", 1)}
+    kind = values["rope_type"]
+    if kind == "dynamic":  # for these the original context is `max_position_embeddings`, whatever else is said
+        values["original_max_position_embeddings"] = positions
+    elif kind in ("yarn", "llama3", "longrope"):
+        values["original_max_position_embeddings"] = original or values.get("original_max_position_embeddings") or positions
+    try:
+        return rope.scaling(values)
+    except ConfigError as error:
+        raise CheckpointError(f"config.json: rope_parameters: {error}") from error
+
+
+def layers_of(fields: Fields, otherwise: tuple[str, ...]) -> tuple[str, ...]:
+    """`layer_types`, or what older files mean that do not have it."""
+    given = fields.get("layer_types", None)
+    if given is None:
+        return otherwise
+    if not isinstance(given, list):
+        raise CheckpointError(f"config.json: layer_types is {given!r} and must be a list: copy it again")
+    return tuple(given)
 
 
 class Block(nn.Module):
@@ -153,11 +264,21 @@ class Decoder(CausalLM):
 
     def block(self, layer: int) -> nn.Module:
         """A fresh block for layer `layer`."""
-        return Block(self.config)
+        return Block(self.config, self.make_attention(layer), self.make_feed_forward(layer))
+
+    def make_attention(self, layer: int) -> nn.Module:
+        """The attention of layer `layer`."""
+        c = self.config
+        return Attention(c.d_model, c.n_heads, c.n_kv_heads, c.head_dim, scoring=c.scoring(layer))
+
+    def make_feed_forward(self, layer: int) -> nn.Module:
+        """The feed-forward block of layer `layer`."""
+        return GatedFeedForward(self.config.d_model, self.config.d_ff)
 
     def make_rotary(self) -> Rotary:
         """The rotary tables."""
-        return Rotary(self.config.head_dim, self.config.max_positions, self.config.rope_theta)
+        c = self.config
+        return rope.rotary(c.rotary_dim, c.max_positions, c.rope_theta, c.rope_scaling)
 
     @torch.no_grad()
     def initialise(self, generator: torch.Generator) -> None:
@@ -168,12 +289,13 @@ class Decoder(CausalLM):
         | embeddings, output           | normal, std 0.02                                                     |
         | attention.out, down          | zero: every block starts as the identity                             |
         | other matrices               | normal, std 1/sqrt(D)                                                |
-        | norms                        | one                                                                  |
+        | norms                        | what multiplies by one                                               |
         | biases                       | zero                                                                 |
         """
+        norms = {m.weight: 1.0 - m.offset for m in self.modules() if isinstance(m, RMSNorm)}
         for name, p in self.named_parameters():
-            if name.endswith("norm.weight"):
-                p.fill_(1.0)
+            if p in norms:
+                p.fill_(norms[p])
             elif name.endswith(("out.weight", "down.weight", "down", "bias")):
                 p.zero_()
             else:
@@ -181,11 +303,19 @@ class Decoder(CausalLM):
                 p.normal_(std=std, generator=generator)
 
     def hidden(self, ids: Tensor, ctx: Context) -> Tensor:  # (B, T) -> (B, T, D)
-        x = self.embedding(ids)
-        turn = self.rotary.at(ctx.positions, ctx.extent)
-        for layer, block in enumerate(self.blocks):
+        x = self.embed(ids)
+        for layer, (block, turn) in enumerate(zip(self.blocks, self.turns(ctx), strict=True)):
             x = block(x, ctx, layer, turn)
         return self.norm(x)
+
+    def embed(self, ids: Tensor) -> Tensor:
+        """What the first block reads: (B, T) -> (B, T, D)."""
+        embedded: Tensor = self.embedding(ids)
+        return embedded
+
+    def turns(self, ctx: Context) -> Sequence[Turn]:
+        """The rotary tables of each layer."""
+        return [self.rotary.at(ctx.positions, ctx.extent, ctx.cached)] * self.config.n_layers
 
     @property
     def output_weight(self) -> Tensor:

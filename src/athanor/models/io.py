@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import re
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Mapping, Sequence
 from pathlib import Path
 from types import ModuleType
 from typing import Any, Protocol
@@ -15,11 +15,13 @@ from athanor.core import io, plugins
 from athanor.core.errors import CheckpointError, ConfigError, PluginError, nearest
 from athanor.core.weights import Weights, open_weights, save_sharded
 from athanor.models.base import LanguageModel, TokenIds
+from athanor.models.keys import entry
 
 WEIGHTS = "model.safetensors"
 _SHOWN = 6  # names listed in an error before it says how many more there are
 _SHARD = 5_000_000_000  # bytes
-_TASKS = {"Model": "none"}  # by the end of the class name in `architectures`; everything else is the family's own head
+# Fields of config.json that a folder written anew must not inherit.
+_OWN = ("quantization_config", "auto_map", "transformers_version", "_name_or_path", "torch_dtype")
 
 
 class Layout(Protocol):
@@ -66,16 +68,19 @@ def build(model_type: str, config: Any, *, seed: int | None = None) -> Any:
 def save(model: LanguageModel, folder: Path, extra: Mapping[str, Any] | None = None, layout: Layout | None = None) -> None:
     """Write config.json and model.safetensors (more than one file above 5 GB) into `folder`, in Hugging Face's names.
 
-    `extra` joins config.json.
+    Fields that the model was loaded with and that nothing is computed with are written again; `extra` joins them.
     """
     tensors = model.to_hf(model.state_dict())
+    if model.task == "none":
+        tensors = {name.removeprefix(model.prefix): tensor for name, tensor in tensors.items()}
     dtype = str(next(model.parameters()).dtype).removeprefix("torch.")
     if layout:
         tensors = layout.encode(tensors)
     save_sharded(folder, {k: v.contiguous() for k, v in tensors.items()}, {"format": "pt"}, _SHARD)
-    io.write_json(
-        folder / "config.json", model.config.to_hf() | _token_fields(model.token_ids) | {"dtype": dtype} | dict(extra or {})
-    )
+    fields = {k: v for k, v in model.fields.items() if k not in _OWN} | model.config.to_hf()
+    if model.fields.get("architectures"):
+        fields["architectures"] = model.fields["architectures"]
+    io.write_json(folder / "config.json", fields | _token_fields(model.token_ids) | {"dtype": dtype} | dict(extra or {}))
 
 
 def _token_fields(ids: TokenIds) -> dict[str, Any]:
@@ -144,10 +149,12 @@ def load(
     except PluginError as error:
         raise CheckpointError(f"{folder}/config.json: {error}") from error
     model: LanguageModel = build(fields["model_type"], _config(module, fields, folder))
-    model.token_ids = _token_ids(fields)
+    model.token_ids, model.fields = _token_ids(fields), fields
     weights = open_weights(folder, pickled=pickled)
-    names = _Names(model, weights)
-    _take_heads_off(model, fields, names)
+    names = _Names(model, weights, folder)
+    with torch.device("meta"):
+        model.become(_architecture_named(fields), names.__contains__)
+    names.tied = dict(model.tied_keys())
     layout = prepare(model, fields) if prepare else None
     expected = model.to_hf(model.state_dict())
     if layout:
@@ -164,18 +171,20 @@ def load(
 
 
 class _Names:
-    """The tensors of a file by the names that the whole model has for them: a bare trunk's lack its prefix."""
+    """The tensors of a file by the names that the whole model has for them: a bare trunk's lack its prefix, old ones differ."""
 
-    def __init__(self, model: LanguageModel, weights: Weights) -> None:
+    def __init__(self, model: LanguageModel, weights: Weights, folder: Path) -> None:
         self._weights = weights
-        self._tied = dict(model.tied_keys())
+        self.tied: dict[str, str] = {}
         harmless = re.compile("|".join(f"(?:{x})" for x in model.harmless) or r"(?!)")
-        there = {name for name in weights if not harmless.fullmatch(name)}
-        self.bare = bool(model.prefix) and not any(name.startswith(model.prefix) for name in there)
-        heads = tuple(f"{n}." for e in model.keys().values() for n in _modules(e) if not f"{n}.".startswith(model.prefix))
-        self.theirs = {
-            model.prefix + name if self.bare and not name.startswith(heads) else name: name for name in there
-        }  # fmt: skip
+        there = {_renamed(name, model.renamed): name for name in weights if not harmless.fullmatch(name)}
+        if len(there) < sum(not harmless.fullmatch(name) for name in weights):
+            raise CheckpointError(f"{folder}: tensors stand there under an old name and a new one: use a folder of one version")
+        self.theirs = there
+        if model.prefix and not any(name.startswith(model.prefix) for name in there):
+            modules = (f"{n}." for e in model.keys().values() for n in entry(e).names)
+            heads = tuple(n for n in modules if not n.startswith(model.prefix))
+            self.theirs = {name if name.startswith(heads) else model.prefix + name: their for name, their in there.items()}
 
     def __contains__(self, name: str) -> bool:
         return name in self.theirs
@@ -192,7 +201,7 @@ class _Names:
     def tied_twins(self, expected: Mapping[str, Tensor]) -> list[str]:
         """Problems with tensors that stand there a second time; those that are equal are taken off the list."""
         problems = []
-        for twin, original in self._tied.items():
+        for twin, original in self.tied.items():
             if twin in self.theirs and twin not in expected and original in self.theirs:
                 if self.shape(twin) != self.shape(original) or not torch.equal(self.read(twin), self.read(original)):
                     problems.append(f"{twin} differs from {original}, and config.json says that they are tied")
@@ -200,19 +209,15 @@ class _Names:
         return problems
 
 
-def _modules(value: Any) -> tuple[str, ...]:
-    return (value,) if isinstance(value, str) else value.names
+def _renamed(name: str, pairs: Sequence[tuple[str, str]]) -> str:
+    for pattern, replacement in pairs:
+        name = re.sub(pattern, replacement, name)
+    return name
 
 
-def _take_heads_off(model: LanguageModel, fields: Mapping[str, Any], names: _Names) -> None:
-    """Make the model what the file holds: with its own head or none."""
+def _architecture_named(fields: Mapping[str, Any]) -> str:
     named = fields.get("architectures")
-    name = named[0] if isinstance(named, list) and named and isinstance(named[0], str) else ""
-    task = _TASKS["Model"] if name.endswith("Model") and not name.endswith("LMHeadModel") else "lm"
-    if task != "lm":
-        model.task = task
-        for attribute in model.lm_modules:
-            setattr(model, attribute, None)
+    return named[0] if isinstance(named, list) and named and isinstance(named[0], str) else ""
 
 
 def _check(names: _Names, expected: Mapping[str, Tensor], folder: Path) -> None:

@@ -2,10 +2,11 @@
 
 from __future__ import annotations
 
+import torch
 from torch import Tensor, nn
 
 from athanor.nn.context import Context
-from athanor.nn.norms import RMSNorm
+from athanor.nn.norms import RMSNorm, rms_norm
 from athanor.nn.positions import rotate
 from athanor.nn.sdpa import PLAIN, Scoring
 
@@ -23,6 +24,7 @@ class Attention(nn.Module):
         bias: whether the input projection has a bias.
         out_bias: whether the output projection has one.
         qk_norm: epsilon of an RMSNorm over each query and key head before rotation (Qwen 3); none by default.
+        qk_offset: that of this norm (Gemma 3: 1).
         scoring: how keys are scored.
     """
 
@@ -36,6 +38,7 @@ class Attention(nn.Module):
         bias: bool = False,
         out_bias: bool = False,
         qk_norm: float | None = None,
+        qk_offset: float = 0.0,
         scoring: Scoring = PLAIN,
     ) -> None:
         super().__init__()
@@ -43,20 +46,18 @@ class Attention(nn.Module):
         self.scoring = scoring
         self.qkv = nn.Linear(dim, (n_heads + 2 * n_kv_heads) * head_dim, bias=bias)
         self.out = nn.Linear(n_heads * head_dim, dim, bias=out_bias)
-        self.query_norm = None if qk_norm is None else RMSNorm(head_dim, qk_norm)
-        self.key_norm = None if qk_norm is None else RMSNorm(head_dim, qk_norm)
+        self.query_norm = None if qk_norm is None else RMSNorm(head_dim, qk_norm, qk_offset)
+        self.key_norm = None if qk_norm is None else RMSNorm(head_dim, qk_norm, qk_offset)
 
     def forward(self, x: Tensor, ctx: Context, layer: int, turn: Turn | None = None) -> Tensor:  # (B, T, D) -> (B, T, D)
         b, t, _ = x.shape
         h, g = self.n_heads, self.n_kv_heads
         qk, value = self.qkv(x).view(b, t, h + 2 * g, self.head_dim).split((h + g, g), dim=2)
         if self.query_norm is not None and self.key_norm is not None:
-            query, key = qk.split((h, g), dim=2)
-            query, key = self.query_norm(query), self.key_norm(key)
-            if turn is not None:
-                query, key = rotate(query, *turn), rotate(key, *turn)
-        else:
-            query, key = (qk if turn is None else rotate(qk, *turn)).split((h, g), dim=2)
+            # Queries and keys side by side: one norm and one turn for both.
+            weight = torch.cat((self.query_norm.weight.expand(h, -1), self.key_norm.weight.expand(g, -1)))
+            qk = rms_norm(qk, weight, self.query_norm.eps, self.query_norm.offset)
+        query, key = (qk if turn is None else rotate(qk, *turn)).split((h, g), dim=2)
         return self.out(ctx.attend(layer, query, key, value, self.scoring).reshape(b, t, -1))
 
 

@@ -18,7 +18,10 @@ class _RMSNorm(torch.autograd.Function):
     """Fewer passes over memory than the composite of elementary operations: 1.7 times as fast (docs/log.md)."""
 
     @staticmethod
-    def forward(ctx: Any, x: Tensor, weight: Tensor, eps: float, dtype: torch.dtype) -> Tensor:
+    def forward(ctx: Any, x: Tensor, weight: Tensor, eps: float, dtype: torch.dtype, offset: float) -> Tensor:
+        ctx.kind = weight.dtype
+        if offset:
+            weight = weight.float() + offset
         x32 = x.float()
         norm = torch.linalg.vector_norm(x32, dim=-1, keepdim=True)
         rstd = torch.rsqrt(norm.square_().div_(x.shape[-1]).add_(eps))
@@ -31,24 +34,34 @@ class _RMSNorm(torch.autograd.Function):
         dy = grads[0].float()
         normed = x.float() * rstd
         weighted = dy * normed
-        d_weight = weighted.sum(dim=tuple(range(x.dim() - 1)))
+        d_weight = weighted.sum(dim=tuple(range(x.dim() - weight.dim())))
         mean = weighted.mul_(weight).mean(dim=-1, keepdim=True)
         dx = (dy * weight).addcmul_(normed, mean, value=-1).mul_(rstd)
-        return dx.to(x.dtype), d_weight.to(weight.dtype), None, None
+        return dx.to(x.dtype), d_weight.to(ctx.kind), None, None, None
 
 
 class RMSNorm(nn.Module):
-    """y = x / sqrt(mean(x^2) + eps) * weight, over the last dimension (Zhang and Sennrich 2019).
+    """y = x / sqrt(mean(x^2) + eps) * (weight + offset), over the last dimension (Zhang and Sennrich 2019).
 
     Statistics are computed in float32 whatever the dtype of x. The result has autocast's dtype under autocast (a
     matrix product follows), else that of x.
+
+    Args:
+        dim: of x's last dimension.
+        eps: added to the mean square.
+        offset: 1 where files hold how far the factor is from one (Gemma).
     """
 
-    def __init__(self, dim: int, eps: float = 1e-5) -> None:
+    def __init__(self, dim: int, eps: float = 1e-5, offset: float = 0.0) -> None:
         super().__init__()
-        self.weight = nn.Parameter(torch.ones(dim))
-        self.eps = eps
+        self.weight = nn.Parameter(torch.full((dim,), 1.0 - offset))
+        self.eps, self.offset = eps, offset
 
     def forward(self, x: Tensor) -> Tensor:  # (..., dim) -> (..., dim)
-        y: Tensor = _RMSNorm.apply(x, self.weight, self.eps, compute_dtype(x))
-        return y
+        return rms_norm(x, self.weight, self.eps, self.offset)
+
+
+def rms_norm(x: Tensor, weight: Tensor, eps: float, offset: float = 0.0) -> Tensor:
+    """What `RMSNorm` computes. A weight (H, dim) is one for each of the heads of x (..., H, dim)."""
+    y: Tensor = _RMSNorm.apply(x, weight, eps, compute_dtype(x), offset)
+    return y

@@ -61,8 +61,16 @@ class Rotary(nn.Module):
         self.cos, self.sin = self.cos.to(device), self.sin.to(device)
         return self
 
-    def at(self, positions: Tensor, extent: int) -> tuple[Tensor, Tensor]:
-        """Rows for `positions` (B, T), all below `extent`, as (B, T, 1, K), to meet heads (B, T, H, K)."""
+    def at(self, positions: Tensor, extent: int, cached: bool = False) -> tuple[Tensor, Tensor]:
+        """cos and sin for `positions` (B, T), as (B or 1, T, 1, K), to meet heads (B, T, H, K).
+
+        Args:
+            positions: of the tokens.
+            extent: all are below it.
+            cached: whether keys go to a cache; frequencies that depend on a sequence's length (`rope.py`) have to know.
+        """
+        if positions.stride(0) == 0:  # one row that stands for all
+            positions = positions[:1]
         if extent > self.cos.shape[0]:
             self._grow(extent)
         return self.cos[positions].unsqueeze(2), self.sin[positions].unsqueeze(2)
