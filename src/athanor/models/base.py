@@ -130,7 +130,7 @@ class LanguageModel(nn.Module):
             )
         out = nn.functional.linear(self.to_output(hidden), self.output_weight, self.output_bias)
         cap = self.output_softcap
-        return out if cap is None else (out / cap).tanh() * cap
+        return out if cap is None else (out / cap).tanh_() * cap
 
     def cross_entropy(self, hidden: Tensor, targets: Tensor) -> tuple[Tensor, Tensor]:
         """`linear_cross_entropy` of this model's logits: hidden (N, D), targets (N,); never holds all logits."""

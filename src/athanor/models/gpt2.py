@@ -88,6 +88,9 @@ class Config:
             "scale_attn_by_inverse_layer_idx": False,
             "reorder_and_upcast_attn": False,
             "add_cross_attention": False,
+            # By default ids that a smaller vocabulary does not have.
+            "bos_token_id": None,
+            "eos_token_id": None,
         }
 
     @classmethod

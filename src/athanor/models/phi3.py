@@ -49,7 +49,10 @@ class Config(decoder.Windowed):
         return fields | {
             "architectures": ["Phi3ForCausalLM"],
             "model_type": "phi3",
-            "pad_token_id": None,  # by default an id that a small vocabulary does not have
+            # By default ids that a smaller vocabulary does not have.
+            "bos_token_id": None,
+            "eos_token_id": None,
+            "pad_token_id": None,
             "sliding_window": self.window,
             "original_max_position_embeddings": original,
             "partial_rotary_factor": self.rotary_factor,

@@ -49,7 +49,10 @@ class Attention(nn.Module):
         self.query_norm = None if qk_norm is None else RMSNorm(head_dim, qk_norm, qk_offset)
         self.key_norm = None if qk_norm is None else RMSNorm(head_dim, qk_norm, qk_offset)
 
-    def forward(self, x: Tensor, ctx: Context, layer: int, turn: Turn | None = None) -> Tensor:  # (B, T, D) -> (B, T, D)
+    def forward(  # (B, T, D) -> (B, T, D)
+        self, x: Tensor, ctx: Context, layer: int, turn: Turn | None = None, scoring: Scoring | None = None
+    ) -> Tensor:
+        """`turn` rotates queries and keys; `scoring` replaces the layer's own for this call."""
         b, t, _ = x.shape
         h, g = self.n_heads, self.n_kv_heads
         qk, value = self.qkv(x).view(b, t, h + 2 * g, self.head_dim).split((h + g, g), dim=2)
@@ -58,7 +61,7 @@ class Attention(nn.Module):
             weight = torch.cat((self.query_norm.weight.expand(h, -1), self.key_norm.weight.expand(g, -1)))
             qk = rms_norm(qk, weight, self.query_norm.eps, self.query_norm.offset)
         query, key = (qk if turn is None else rotate(qk, *turn)).split((h, g), dim=2)
-        return self.out(ctx.attend(layer, query, key, value, self.scoring).reshape(b, t, -1))
+        return self.out(ctx.attend(layer, query, key, value, scoring or self.scoring).reshape(b, t, -1))
 
 
 class CrossAttention(nn.Module):

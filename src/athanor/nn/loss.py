@@ -44,7 +44,7 @@ class _Output(NamedTuple):
     def slope(self, logits: Tensor) -> Tensor:
         """The derivative of the cap where it gave `logits`; only where there is a cap."""
         assert self.softcap is not None
-        return 1 - (logits / self.softcap).square_()
+        return torch.addcmul(logits.new_ones(()), logits, logits, value=-(self.softcap**-2))
 
 
 class _LinearCrossEntropy(torch.autograd.Function):

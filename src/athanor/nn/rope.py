@@ -341,7 +341,8 @@ class _RotaryByLength(Rotary):
         if cached:
             raise ConfigError(
                 f"position {extent - 1} is beyond original_max_position_embeddings ({original}): there"
-                f" {self._by.rope_type} scaling changes the frequencies of all positions, those in the cache too: keep what is read and generated within it"
+                f" {self._by.rope_type} scaling changes the frequencies of all positions, those in the cache too: keep"
+                " what is read and generated within it"
                 + (", or let short_factor be long_factor, so that one set serves all lengths" * isinstance(self._by, LongRope))
             )
         if positions.stride(0) == 0:  # one row that stands for all

@@ -82,13 +82,12 @@ class _Attention(torch.autograd.Function):
         if shared and softcap is None:
             scores = torch.baddbmm(mask, query, key.transpose(1, 2), alpha=scale)
         else:
-            scores = torch.baddbmm(query.new_empty(()), query, key.transpose(1, 2), beta=0, alpha=scale)
+            scale_in = scale if softcap is None else scale / softcap
+            scores = torch.baddbmm(query.new_empty(()), query, key.transpose(1, 2), beta=0, alpha=scale_in)
         capped = None
         if softcap is not None:
-            capped = scores.div_(softcap).tanh_()
-            scores = capped * softcap
-            if shared:
-                scores += mask
+            capped = scores.tanh_()
+            scores = torch.add(mask, capped, alpha=softcap) if shared else capped * softcap
         if mask is not None and not shared:
             scores.view(shape).add_(mask)
         if bias is not None:
@@ -111,7 +110,7 @@ class _Attention(torch.autograd.Function):
             d_bias = d_scores.view(ctx.shape)
             d_bias = d_bias.sum(0, keepdim=True) if ctx.biases == 1 else d_bias.clone()
         if capped is not None:
-            d_scores *= 1 - capped.square()
+            d_scores = torch.ops.aten.tanh_backward(d_scores, capped)
         none = query.new_empty(())
         d_query = torch.baddbmm(none, d_scores, key, beta=0, alpha=ctx.scale)
         d_key = torch.baddbmm(none, d_scores.transpose(1, 2), query, beta=0, alpha=ctx.scale)
