@@ -93,7 +93,8 @@ def recover(path: PathLike) -> None:
 
 
 @contextmanager
-def _atomic_file(path: Path) -> Iterator[Path]:
+def atomic_file(path: Path) -> Iterator[Path]:
+    """Yield a file name to write to; it becomes `path`, replacing an old file, when the block ends well, else it is removed."""
     path.parent.mkdir(parents=True, exist_ok=True)
     temporary = _sibling(path, "tmp")
     try:
@@ -108,7 +109,7 @@ def _atomic_file(path: Path) -> Iterator[Path]:
 
 def atomic_write(path: PathLike, data: bytes | str) -> None:
     """Write `data` (text as UTF-8) so that `path` holds the old content or the new one, whatever happens."""
-    with _atomic_file(Path(path)) as temporary:
+    with atomic_file(Path(path)) as temporary:
         temporary.write_bytes(data.encode("utf-8") if isinstance(data, str) else data)
 
 
@@ -182,7 +183,7 @@ def save_tensors(path: PathLike, tensors: Mapping[str, torch.Tensor], metadata: 
     """Write named tensors as a safetensors file, atomically. Tensors that share memory are refused by the format's library."""
     from safetensors.torch import save_file
 
-    with _atomic_file(Path(path)) as temporary:
+    with atomic_file(Path(path)) as temporary:
         contiguous = {name: tensor.detach().contiguous() for name, tensor in tensors.items()}
         save_file(contiguous, temporary, metadata=dict(metadata) if metadata else None)
         _order_metadata(temporary)
