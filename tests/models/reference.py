@@ -7,6 +7,7 @@ from safetensors.torch import load_file
 from athanor.core import plugins
 from athanor.models import io
 from athanor.nn.context import Bidirectional, Causal, Memory, Packed, Padded, WithMemory
+from athanor.nn.moe import MixtureOfExperts
 
 OWN = {"transformer", "rnn_lm", "bilstm_crf"}  # no such model in transformers: held to torch's modules in tests of their own
 
@@ -44,6 +45,11 @@ def ours_of(theirs, folder):
     """The same model, through a file."""
     theirs.save_pretrained(folder)
     return io.load(folder)
+
+
+def mixture(model):
+    """Whether tokens choose experts."""
+    return any(isinstance(m, MixtureOfExperts) for m in model.modules())
 
 
 def random_ids(config, *shape, seed=1):
