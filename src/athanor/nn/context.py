@@ -51,6 +51,14 @@ class Context(Protocol):
         ...
 
 
+class Sequences(Context, Protocol):
+    """A context of whole sequences, which knows where each of them is."""
+
+    def spans(self) -> tuple[Tensor, Tensor]:
+        """Of each sequence the first token's place among all B T, and how many tokens it has: (S,), (S,)."""
+        ...
+
+
 class Rectangle:
     """Who sees whom among B rows of T queries and S keys; masks are made once and serve all layers.
 
@@ -125,6 +133,11 @@ class _Rows:
     def scan(self, layer: int, cell: Cell, x: Tensor) -> Tensor:
         return cell(x, self._lengths, None)[0]
 
+    def spans(self) -> tuple[Tensor, Tensor]:
+        rows, time = self.positions.shape
+        starts = torch.arange(rows, device=self.positions.device) * time
+        return starts, torch.full_like(starts, time)
+
 
 class Causal(_Rows):
     """B whole sequences of one length T: each position sees itself and what came before it."""
@@ -164,6 +177,11 @@ class Padded(_Rows):
         turn = order.unsqueeze(-1).expand_as(x)
         out = cell(x.gather(1, turn), self._lengths, None)[0]
         return torch.empty_like(out).scatter(1, order.unsqueeze(-1).expand_as(out), out)
+
+    def spans(self) -> tuple[Tensor, Tensor]:
+        starts, _ = super().spans()
+        # A row of nothing but padding counts as one token.
+        return starts + self._mask.int().argmax(1), self._mask.sum(1).clamp(min=1)
 
 
 class _Gather(torch.autograd.Function):
@@ -280,6 +298,9 @@ class Packed:
     def scan(self, layer: int, cell: Cell, x: Tensor) -> Tensor:
         return self._scan(cell, x)[0]
 
+    def spans(self) -> tuple[Tensor, Tensor]:
+        return torch.cumsum(self.lengths, 0) - self.lengths, self.lengths
+
     def _scan(self, cell: Cell, x: Tensor) -> tuple[Tensor, Tensor]:
         """Outputs (1, N, ..) and states (S, W). All sequences stand in one rectangle: it is steps that cost."""
         out, state = cell(to_rows(x[0], self.lengths), self.lengths, None)
@@ -361,3 +382,6 @@ class WithMemory:
 
     def scan(self, layer: int, cell: Cell, x: Tensor) -> Tensor:
         return self._inner.scan(layer, cell, x)
+
+    def spans(self) -> tuple[Tensor, Tensor]:
+        return self._inner.spans()
