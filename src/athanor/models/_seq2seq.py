@@ -1,6 +1,6 @@
 """What encoder-decoders with absolute positions have in common: BART, Pegasus and the Transformer of 2017.
 
-Legend: B batch, S time of a source, T time of an answer, D width (d_model), V vocabulary, H heads, K head width, F feed-forward width.
+Legend: B batch, S time of a source, T of an answer, D width (d_model), V vocabulary, H heads, K head width, F feed-forward width.
 """
 
 from __future__ import annotations
@@ -70,7 +70,7 @@ class Config:
         if self.activation not in ACTIVATIONS:
             raise ConfigError(f"activation ({self.activation!r}) must be one of {', '.join(ACTIVATIONS)}")
 
-    def shape_to_hf(self) -> dict[str, Any]:
+    def to_hf(self) -> dict[str, Any]:
         """The fields of Hugging Face's config.json that BART and its like have in common."""
         return {
             "is_encoder_decoder": True,
@@ -158,9 +158,7 @@ class Stack(nn.Module):
     ) -> None:
         super().__init__()
         c = config
-        n, heads, hidden = (
-            (c.n_decoder_layers, c.n_decoder_heads, c.d_decoder_ff) if decoder else (c.n_layers, c.n_heads, c.d_ff)
-        )
+        n, heads, hidden = (c.n_decoder_layers, c.n_decoder_heads, c.d_decoder_ff) if decoder else (c.n_layers, c.n_heads, c.d_ff)
         self.positions = positions
         self.embedding_norm = nn.LayerNorm(c.d_model) if embedding_norm else None
         self.blocks = nn.ModuleList(Block(c.d_model, heads, hidden, c.activation, decoder, pre_norm) for _ in range(n))

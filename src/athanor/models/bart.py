@@ -21,7 +21,7 @@ class Config(_seq2seq.Config):
 
     def to_hf(self) -> dict[str, Any]:
         """The fields of Hugging Face's BartConfig."""
-        return {"architectures": ["BartForConditionalGeneration"], "model_type": "bart"} | self.shape_to_hf()
+        return {"architectures": ["BartForConditionalGeneration"], "model_type": "bart"} | super().to_hf()
 
     @classmethod
     def from_hf(cls, values: Mapping[str, Any]) -> Config:

@@ -58,9 +58,7 @@ class Config:
         if self.d_model % self.n_heads:
             fits = [h for h in range(1, self.d_model + 1) if self.d_model % h == 0]
             near = sorted(sorted(fits, key=lambda h: abs(h - self.n_heads))[:2])
-            raise ConfigError(
-                f"n_heads ({self.n_heads}) must divide d_model ({self.d_model}): use {' or '.join(map(str, near))}"
-            )
+            raise ConfigError(f"n_heads ({self.n_heads}) must divide d_model ({self.d_model}): use {' or '.join(map(str, near))}")
         if not self.norm_eps > 0:
             raise ConfigError(f"norm_eps ({self.norm_eps}) must be positive: 1e-12 is usual")
         if self.activation not in ACTIVATIONS:

@@ -36,6 +36,29 @@ class Fields:
             return value
         raise CheckpointError(f"config.json: {name} is {value!r} and must be {what}: copy it again")
 
+    def table(self, name: str, default: Any = _MISSING) -> Any:
+        """Fields within a field."""
+        return self._typed(name, default, (dict,), "a table")
+
+    def only(self, name: str, *known: Any) -> None:
+        """Refuse a value that this version does not compute; an absent field is the first of `known`."""
+        value = self._values.get(name)
+        if value is not None and value not in known:
+            raise CheckpointError(
+                f"config.json: {name} is {value!r}, which is not supported for {self._type} (only"
+                f" {' and '.join(map(repr, known))} {'is' if len(known) == 1 else 'are'}): use another checkpoint"
+            )
+
+    def rope(self) -> dict[str, Any]:
+        """Rotary settings of new files (`rope_parameters`) and old (`rope_theta`, `rope_scaling`), always with a `rope_type`."""
+        new, old = self.table("rope_parameters", {}), self.table("rope_scaling", {})
+        both = {**old, **new}
+        both["rope_type"] = both.get("rope_type") or both.pop("type", None) or "default"
+        theta = both.get("rope_theta") or self.float("rope_theta", 10_000.0)
+        if isinstance(theta, bool) or not isinstance(theta, (int, float)):
+            raise CheckpointError(f"config.json: rope_theta is {theta!r} and must be a number: copy it again")
+        return both | {"rope_theta": float(theta)}
+
     def int(self, name: str, default: Any = _MISSING) -> Any:
         """A whole number."""
         return self._typed(name, default, (int,), "a whole number")
@@ -52,22 +75,3 @@ class Fields:
     def str(self, name: str, default: Any = _MISSING) -> Any:
         """A text."""
         return self._typed(name, default, (str,), "a text")
-
-    def only(self, name: str, *known: Any) -> None:
-        """Refuse a value that this version does not compute; an absent field is the first of `known`."""
-        value = self._values.get(name)
-        if value is not None and value not in known:
-            raise CheckpointError(
-                f"config.json: {name} is {value!r}, which is not supported for {self._type} (only"
-                f" {' and '.join(map(repr, known))} {'is' if len(known) == 1 else 'are'}): use another checkpoint"
-            )
-
-    def rope(self) -> dict[str, Any]:
-        """Rotary settings of new files (`rope_parameters`) and old (`rope_theta`, `rope_scaling`), always with a `rope_type`."""
-        new, old = self._typed("rope_parameters", {}, (dict,), "a table"), self._typed("rope_scaling", {}, (dict,), "a table")
-        both = {**old, **new}
-        both["rope_type"] = both.get("rope_type") or both.pop("type", None) or "default"
-        theta = both.get("rope_theta") or self.float("rope_theta", 10_000.0)
-        if isinstance(theta, bool) or not isinstance(theta, (int, float)):
-            raise CheckpointError(f"config.json: rope_theta is {theta!r} and must be a number: copy it again")
-        return both | {"rope_theta": float(theta)}

@@ -125,16 +125,22 @@ class Config(decoder.Layered):
 
 def _global_rope(values: Mapping[str, Any], fields: Fields) -> tuple[float, Mapping[str, Any]]:
     """The base of layers with a window, and the fields with the rotary settings of the others in the place of both."""
-    both = fields.get("rope_parameters", {})
-    wide, near = (both.get(name) or {} for name in (FULL, SLIDING)) if isinstance(both, dict) else ({}, {})
+    both = fields.table("rope_parameters", {})
+    for name in both:
+        if name not in (FULL, SLIDING):
+            raise CheckpointError(
+                f"config.json: rope_parameters has {name!r} and may have {FULL!r} and {SLIDING!r}, each with its own:"
+                " copy it again"
+            )
+    wide, near = (Fields(both, "gemma3_text").table(name, {}) for name in (FULL, SLIDING))
     if near.get("rope_type", "default") != "default":
         raise CheckpointError(
             f"config.json: rope_parameters scales {SLIDING} by {near['rope_type']!r}, which is not supported for gemma3_text"
             " (only 'default' is): use another checkpoint"
         )
-    local = near.get("rope_theta") or fields.float("rope_local_base_freq", 10_000.0)
-    wide = {"rope_theta": fields.float("rope_theta", 1_000_000.0)} | (fields.get("rope_scaling", {})) | wide
-    return float(local), {**values, "rope_parameters": wide, "rope_scaling": None}
+    local = Fields(near, "gemma3_text").float("rope_theta", fields.float("rope_local_base_freq", 10_000.0))
+    wide = {"rope_theta": fields.float("rope_theta", 1_000_000.0)} | fields.table("rope_scaling", {}) | wide
+    return local, {**values, "rope_parameters": wide, "rope_scaling": None}
 
 
 _TINY = Config(320, 32, 2, 4, 2, 48, 128, 10_000.0, 1e-6, head_dim=16, window=5, layer_types=(SLIDING, FULL))

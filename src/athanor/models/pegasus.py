@@ -6,7 +6,6 @@ from collections.abc import Callable, Mapping
 from dataclasses import dataclass, replace
 from typing import Any
 
-
 import torch
 from torch import Tensor, nn
 
@@ -17,7 +16,7 @@ from athanor.nn.positions import sinusoids
 
 
 @dataclass(frozen=True)
-class Config(_seq2seq.Config):
+class Config(bart.Config):
     """Shape of a Pegasus: what every encoder-decoder with absolute positions has (`_seq2seq.Config`)."""
 
     def __post_init__(self) -> None:
@@ -27,7 +26,7 @@ class Config(_seq2seq.Config):
 
     def to_hf(self) -> dict[str, Any]:
         """The fields of Hugging Face's PegasusConfig."""
-        return {"architectures": ["PegasusForConditionalGeneration"], "model_type": "pegasus"} | self.shape_to_hf()
+        return {"architectures": ["PegasusForConditionalGeneration"], "model_type": "pegasus"} | _seq2seq.Config.to_hf(self)
 
     @classmethod
     def from_hf(cls, values: Mapping[str, Any]) -> Config:
@@ -50,7 +49,8 @@ class Sinusoids(nn.Module):
     @torch.no_grad()
     def fill(self) -> None:
         """Compute the table."""
-        self.weight.copy_(sinusoids(*self.weight.shape, interleaved=False))
+        rows, dim = self.weight.shape
+        self.weight.copy_(sinusoids(rows, dim, interleaved=False))
 
     def forward(self, positions: Tensor) -> Tensor:  # (B, T) -> (B, T, D)
         return self.weight[positions]

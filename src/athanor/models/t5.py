@@ -1,6 +1,6 @@
 """T5 (Raffel et al. 2020), versions 1.0 and 1.1: pre-norm encoder and decoder whose only positions are biases of the scores.
 
-Legend: B batch, S time of a source, T time of an answer, D width (d_model), V vocabulary, H heads, K head width, F feed-forward width.
+Legend: B batch, S time of a source, T of an answer, D width (d_model), V vocabulary, H heads, K head width, F feed-forward width.
 """
 
 from __future__ import annotations
@@ -80,8 +80,8 @@ class Config:
             raise ConfigError(f"n_buckets ({self.n_buckets}) must be a positive multiple of 4: 32 is usual")
         if self.max_distance <= self.n_buckets // 2:
             raise ConfigError(
-                f"max_distance ({self.max_distance}) must be above n_buckets / 2 ({self.n_buckets // 2}), up to which each distance"
-                " has its own bucket: 128 is usual"
+                f"max_distance ({self.max_distance}) must be above n_buckets / 2 ({self.n_buckets // 2}), up to which each"
+                " distance has its own bucket: 128 is usual"
             )
         if not self.norm_eps > 0:
             raise ConfigError(f"norm_eps ({self.norm_eps}) must be positive: 1e-6 is usual")
@@ -234,7 +234,7 @@ class Model(EncoderDecoder):
             if name.endswith("qkv.weight"):
                 p[: c.n_heads * c.head_dim] *= c.head_dim**-0.5
             elif name.endswith("query.weight"):
-                p *= c.head_dim**-0.5
+                p.mul_(c.head_dim**-0.5)
 
     def encode(self, ids: Tensor, ctx: Context) -> Tensor:  # (B, S) -> (B, S, D)
         encoded: Tensor = self.encoder(self.embedding(ids), ctx)
@@ -304,7 +304,9 @@ _TINY = Config(320, 32, 2, 0, 4, 8, 48, max_positions=128, n_buckets=8, max_dist
 
 PRESETS = {
     "tiny": _TINY,
-    "tiny-gated": replace(_TINY, n_layers=3, n_decoder_layers=2, head_dim=12, feed_forward="gated-gelu", norm_eps=1e-3, n_buckets=12),
+    "tiny-gated": replace(
+        _TINY, n_layers=3, n_decoder_layers=2, head_dim=12, feed_forward="gated-gelu", norm_eps=1e-3, n_buckets=12
+    ),
     "t5-small": Config(32128, 512, 6, 6, 8, 64, 2048),
     "t5-base": Config(32128, 768, 12, 12, 12, 64, 3072),
     "t5-v1.1-small": Config(32128, 512, 8, 8, 6, 64, 1024, "gated-gelu", tied=False),

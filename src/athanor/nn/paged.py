@@ -1,8 +1,8 @@
 """A paged cache: keys and values in blocks of a pool, and the context that reads and writes them (Kwon et al. 2023).
 
-A sequence owns a list of blocks, not a row: memory is handed out as sequences grow, two sequences may share the blocks of a common
-beginning, and whoever manages blocks (the engine) moves no data. One context serves whole prompts, parts of prompts that follow
-what is cached already, and single new tokens.
+A sequence owns a list of blocks, not a row: memory is handed out as sequences grow, two sequences may share the blocks of a
+common beginning, and whoever manages blocks (the engine) moves no data. One context serves whole prompts, parts of prompts that
+follow what is cached already, and single new tokens.
 
 Legend: P blocks of the pool, Z positions of a block, S sequences, N new tokens laid end to end, G key/value heads, K, V key and
 value width, W width of a recurrent state.

@@ -78,17 +78,17 @@ class _Attention(torch.autograd.Function):
         softcap: float | None,
         shape: tuple[int, int, int, int],  # (B, H, T, S)
     ) -> Tensor:
-        shared = mask is not None and mask.ndim == 2
-        if shared and softcap is None:
-            scores = torch.baddbmm(mask, query, key.transpose(1, 2), alpha=scale)
+        shared = mask if mask is not None and mask.ndim == 2 else None
+        if shared is not None and softcap is None:
+            scores = torch.baddbmm(shared, query, key.transpose(1, 2), alpha=scale)
         else:
             scale_in = scale if softcap is None else scale / softcap
             scores = torch.baddbmm(query.new_empty(()), query, key.transpose(1, 2), beta=0, alpha=scale_in)
         capped = None
         if softcap is not None:
             capped = scores.tanh_()
-            scores = torch.add(mask, capped, alpha=softcap) if shared else capped * softcap
-        if mask is not None and not shared:
+            scores = capped * softcap if shared is None else torch.add(shared, capped, alpha=softcap)
+        if mask is not None and shared is None:
             scores.view(shape).add_(mask)
         if bias is not None:
             scores.view(shape).add_(bias)
@@ -164,8 +164,8 @@ def attention(
         mask = mask[0].repeat(repeats, 1) if mask.shape[0] == 1 else mask.unsqueeze(1)
     q = query.transpose(1, 2).reshape(b * g, repeats * t, k)
     flat = (x.transpose(1, 2).reshape(b * g, s, x.shape[-1]) for x in (key, value))
-    out: Tensor = _Attention.apply(q, *flat, bias, mask, scale, softcap, (b, h, t, s))
-    return out.view(b, h, t, v).transpose(1, 2)
+    explicit: Tensor = _Attention.apply(q, *flat, bias, mask, scale, softcap, (b, h, t, s))
+    return explicit.view(b, h, t, v).transpose(1, 2)
 
 
 def decode_attention(
