@@ -11,7 +11,7 @@ from athanor.models.fields import Fields
 from athanor.models.keys import Entry
 
 MODEL_TYPES = ("xlm-roberta", "camembert")
-_CLASSES = {"roberta": "Roberta", "xlm-roberta": "XLMRoberta", "camembert": "Camembert"}
+_CLASSES = {"roberta": "Roberta", "xlm-roberta": "XLMRoberta", "camembert": "Camembert", "longformer": "Longformer"}
 
 
 @dataclass(frozen=True)

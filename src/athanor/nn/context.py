@@ -9,6 +9,7 @@ plain forward passes and cached generation differ in the context and in nothing 
 | Padded                      | the same with padding, any side   | either, never the padding                           |
 | Packed                      | sequences laid end to end         | their own sequence: the past, everything, or a prefix |
 | WithMemory                  | any of these, of a decoder        | and what an encoder made of the sources             |
+| WithLandmarks (landmarks.py) | any of these, of an encoder      | some tokens see, and are seen by, their whole sequence |
 | Prefill, Decode (cache.py)  | prompts; one new token a sequence | the past, kept in a cache                           |
 
 Legend: B batch, T time, S keys, H query heads, G key/value heads, K key width, V value width, N tokens laid end to end, D width.
@@ -17,13 +18,15 @@ Legend: B batch, T time, S keys, H query heads, G key/value heads, K key width, 
 from __future__ import annotations
 
 from collections.abc import Callable
+from dataclasses import replace
 from typing import Any, Protocol
 
 import torch
 import torch.nn.functional as F
 from torch import Tensor
 
-from athanor.nn.sdpa import PLAIN, Scoring, attention, mask_of
+from athanor.nn.rectangle import Rectangle
+from athanor.nn.sdpa import PLAIN, Scoring
 
 # Of the memory (.., D): its keys (.., G, K) and values (.., G, V) for one layer.
 Project = Callable[[Tensor], tuple[Tensor, Tensor]]
@@ -57,60 +60,6 @@ class Sequences(Context, Protocol):
     def spans(self) -> tuple[Tensor, Tensor]:
         """Of each sequence the first token's place among all B T, and how many tokens it has: (S,), (S,)."""
         ...
-
-
-class Rectangle:
-    """Who sees whom among B rows of T queries and S keys; masks are made once and serve all layers.
-
-    Args:
-        positions: (T,) or (B, T) of the queries.
-        keys: (S,) or (B, S) positions of the keys.
-        causal: whether a key must not come after the query.
-        hidden: (B, S) bool, keys that nobody sees; None for none.
-        prefix: (B,), keys at positions below it are seen by all, causal or not.
-    """
-
-    def __init__(
-        self, positions: Tensor, keys: Tensor, causal: bool, hidden: Tensor | None = None, prefix: Tensor | None = None
-    ) -> None:
-        self._positions, self._keys, self._causal, self._hidden, self._prefix = positions, keys, causal, hidden, prefix
-        self._masks: dict[tuple[int | None, torch.dtype], Tensor | None] = {}
-
-    def attend(self, query: Tensor, key: Tensor, value: Tensor, scoring: Scoring) -> Tensor:
-        """query (B, T, H, K), key (B, S, G, K), value (B, S, G, V) -> (B, T, H, V)."""
-        bias = None if scoring.bias is None else scoring.bias(self._positions, self._keys)
-        if bias is not None and bias.ndim == 3:
-            bias = bias.unsqueeze(0)
-        window = scoring.window
-        if window is not None and window >= max(self._positions.shape[-1], self._keys.shape[-1]):
-            window = None
-        # The causal rule alone, where queries and keys are the same positions, needs no mask.
-        same = self._positions is self._keys
-        plain = same and self._causal and window is None and self._hidden is None and self._prefix is None
-        mask = None if plain else self._mask(window, query.dtype)
-        return attention(query, key, value, causal=plain, mask=mask, bias=bias, scale=scoring.scale, softcap=scoring.softcap)
-
-    def _mask(self, window: int | None, dtype: torch.dtype) -> Tensor | None:
-        if (window, dtype) not in self._masks:
-            self._masks[window, dtype] = self._make_mask(window, dtype)
-        return self._masks[window, dtype]
-
-    def _make_mask(self, window: int | None, dtype: torch.dtype) -> Tensor | None:
-        if not self._causal and window is None and self._hidden is None:
-            return None
-        past = self._positions.unsqueeze(-1) - self._keys.unsqueeze(-2)  # (T, S) or (B, T, S): how far back a key lies
-        visible = torch.ones_like(past, dtype=torch.bool)
-        if self._causal:
-            visible = past >= 0
-            if self._prefix is not None:
-                visible = visible | (self._keys < self._prefix[:, None])[:, None, :]
-            if window is not None:
-                visible = visible & (past < window)
-        elif window is not None:
-            visible = past.abs() <= window
-        if self._hidden is not None:
-            visible = visible & ~self._hidden[:, None, :]
-        return mask_of(visible if visible.ndim == 3 else visible.unsqueeze(0), dtype)
 
 
 class _Rows:
@@ -244,6 +193,7 @@ class Packed:
         self.extent = max(sizes)
         self.positions = (torch.arange(n, device=device) - torch.repeat_interleave(starts, lengths)).unsqueeze(0)
         self._shape: tuple[int, int] | None = None
+        self._landmarks: dict[int, tuple[Tensor, list[Tensor]]] = {}
         # first row of the gathered tensor, sequences, padded length, true lengths, who sees whom
         self._groups: list[tuple[int, int, int, Tensor, Rectangle]] = []
         if len(set(sizes)) == 1:
@@ -281,16 +231,30 @@ class Packed:
     def attend(self, layer: int, query: Tensor, key: Tensor, value: Tensor, scoring: Scoring = PLAIN) -> Tensor:
         if self._shape is not None:
             q, k, v = (x.reshape(*self._shape, *x.shape[2:]) for x in (query, key, value))
-            out = self._whole.attend(q, k, v, scoring)
+            out = self._whole.attend(q, k, v, self._of_groups(scoring)[0])
             return out.reshape(*query.shape[:3], out.shape[3])
         q, k, v = (_Gather.apply(x[0], self._index, self._inverse) for x in (query, key, value))
         pieces = []
-        for row, count, longest, _, rectangle in self._groups:
+        for (row, count, longest, _, rectangle), own in zip(self._groups, self._of_groups(scoring), strict=True):
             end = row + count * longest
             a, b, c = (x[row:end].view(count, longest, *x.shape[1:]) for x in (q, k, v))
-            pieces.append(rectangle.attend(a, b, c, scoring).reshape(count * longest, q.shape[1], v.shape[2]))
+            pieces.append(rectangle.attend(a, b, c, own).reshape(count * longest, q.shape[1], v.shape[2]))
         out = _Ungather.apply(torch.cat(pieces), self._inverse)
         return out.unsqueeze(0)
+
+    def _of_groups(self, scoring: Scoring) -> list[Scoring]:
+        """The scoring of each group. Its landmarks are made once, so that a rectangle's mask serves all layers."""
+        marks, groups = scoring.landmarks, self._groups
+        if marks is None:
+            return [scoring] * max(len(groups), 1)
+        if id(marks) not in self._landmarks:
+            if self._shape is not None:
+                pieces = [marks.view(self._shape)]
+            else:
+                spread = marks[0].index_select(0, self._index)
+                pieces = [spread[row : row + n * longest].view(n, longest) for row, n, longest, *_ in groups]
+            self._landmarks[id(marks)] = marks, pieces  # an id is only good while its object lives
+        return [replace(scoring, landmarks=piece) for piece in self._landmarks[id(marks)][1]]
 
     def cross(self, layer: int, query: Tensor, project: Project, scoring: Scoring = PLAIN) -> Tensor:
         raise AssertionError("this context has no memory: wrap it in WithMemory")

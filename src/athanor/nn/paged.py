@@ -16,7 +16,8 @@ import torch
 from torch import Tensor
 
 from athanor.nn.cache import KV, Layer, State
-from athanor.nn.context import Cell, Project, Rectangle, from_rows, to_rows
+from athanor.nn.context import Cell, Project, from_rows, to_rows
+from athanor.nn.rectangle import Rectangle
 from athanor.nn.sdpa import PLAIN, Scoring, decode_attention, mask_of
 
 

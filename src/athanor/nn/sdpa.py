@@ -26,17 +26,19 @@ Bias = Callable[[Tensor, Tensor], Tensor]
 class Scoring:
     """How a layer scores keys: softmax over the visible keys of cap(scale q.k) + bias.
 
-    scale    1/sqrt(K) by default
-    softcap  cap(s) = softcap tanh(s / softcap) (Gemma 2); no cap by default
-    window   keys further away are hidden: causal attention sees `window` positions, its own among them; attention to both
-             sides sees `window` on each
-    bias     added to the scores, such as T5's relative positions
+    scale      1/sqrt(K) by default
+    softcap    cap(s) = softcap tanh(s / softcap) (Gemma 2); no cap by default
+    window     keys further away are hidden: causal attention sees `window` positions, its own among them; attention to both
+               sides sees `window` on each
+    bias       added to the scores, such as T5's relative positions
+    landmarks  (B, T) bool, keys that are seen however far away they are; of attention to both sides (`landmarks.py`)
     """
 
     scale: float | None = None
     softcap: float | None = None
     window: int | None = None
     bias: Bias | None = None
+    landmarks: Tensor | None = None
 
 
 PLAIN = Scoring()
