@@ -23,7 +23,7 @@ def model(tiny):
 
 @pytest.fixture(scope="module")
 def batch(tokenizer):
-    return join([pack([s]) for s in laws.sequences(tokenizer, 128)])
+    return join([pack([s]) for s in laws.sequences(tokenizer, 128, 320)])
 
 
 def hold(findings):
@@ -41,7 +41,7 @@ def test_a_finding_holds_up_to_its_tolerance_and_not_beyond():
 
 @pytest.mark.parametrize("limit", [2, 5, 40, 128])
 def test_probes_are_ragged_short_enough_and_supervised(tokenizer, limit):
-    probes = laws.sequences(tokenizer, limit)
+    probes = laws.sequences(tokenizer, limit, 320)
     assert all(2 <= len(p.ids) <= limit and len(p.ids) == len(p.loss_mask) and any(p.loss_mask) for p in probes)
     if limit > 5:
         assert len({len(p.ids) for p in probes}) >= 3
@@ -130,7 +130,7 @@ class TestPackedIsSeparate:
 
 class TestRolloutIsTrainer:
     def rollouts(self, model, tokenizer):
-        prompts = [s.ids for s in laws.sequences(tokenizer, 64)]
+        prompts = [s.ids for s in laws.sequences(tokenizer, 64, 320)]
         params = SamplingParams(temperature=0.7, top_p=0.9, max_tokens=12)
         groups = roll_out(Engine(model, tokenizer), prompts, 2, params, lambda i, c: Rollout(c, float(c.request_id[-1]), {}))
         return to_batch(groups, 0.7, "std", "x")[0]

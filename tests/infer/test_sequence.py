@@ -11,7 +11,7 @@ def run(tokenizer, text, stop, stream, max_tokens=100):
     request = Request("x", [tokenizer.bos_id], SamplingParams(stop=stop, max_tokens=max_tokens))
     sequence = Sequence(request, StreamDecoder(tokenizer, stop))
     for token in [*tokenizer.encode(text), tokenizer.end_id]:
-        sequence.append(token, -0.5, tokenizer.end_id, 1000)
+        sequence.append(token, -0.5, {tokenizer.end_id}, 1000)
         if sequence.finish_reason:
             break
         if stream:

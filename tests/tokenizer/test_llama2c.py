@@ -84,7 +84,7 @@ def reader(path, size):
 
 
 def check(tokenizer, tokens, text):
-    ids = tokenizer.encode(text).ids
+    ids = tokenizer.encode(text, add_special_tokens=False).ids
     assert ids == encode_as_llama2c(tokens, text)
     assert tokenizer.decode(ids) == text
     assert tokenizer.decode([1, *ids]) == text
@@ -145,15 +145,18 @@ def test_overlapping_occurrences_go_to_the_left_one(tmp_path):
 
 def test_the_signs_of_sentencepiece_are_spaces(learned):
     tokenizer, _ = learned
-    assert tokenizer.encode("the▁heat").ids == tokenizer.encode("the heat").ids
+    assert (
+        tokenizer.encode("the▁heat", add_special_tokens=False).ids == tokenizer.encode("the heat", add_special_tokens=False).ids
+    )
 
 
 def test_control_tokens_are_special_and_no_text_gives_them(learned):
     tokenizer, _ = learned
     assert [tokenizer.id_to_token(i) for i in range(4)] == ["<unk>", "<s>", "</s>", "<0x00>"]
-    assert tokenizer.decode([1, *tokenizer.encode("heat").ids, 2]) == "heat"
-    assert min(tokenizer.encode("<s>heat</s>\n<s>\n").ids) > 2
-    assert tokenizer.post_processor is None
+    assert tokenizer.decode([1, *tokenizer.encode("heat", add_special_tokens=False).ids, 2]) == "heat"
+    assert min(tokenizer.encode("<s>heat</s>\n<s>\n", add_special_tokens=False).ids) > 2
+    assert tokenizer.encode("heat").ids == [1, *tokenizer.encode("heat", add_special_tokens=False).ids]
+    assert tokenizer.encode("").ids == [1]
 
 
 FULL = [*HEAD, (-0.0, b"ab"), (-1.0, b"a"), (-2.0, b"b")]

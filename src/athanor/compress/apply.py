@@ -12,10 +12,10 @@ from torch import nn
 from athanor.compress import rtn
 from athanor.compress.linear import QuantLinear
 from athanor.core.errors import ConfigError, nearest
-from athanor.models.base import CausalLM
+from athanor.models.base import LanguageModel
 
 
-def compress(model: CausalLM, bits: int, group: int | None = None, skip: Iterable[str] = ()) -> CausalLM:
+def compress(model: LanguageModel, bits: int, group: int | None = None, skip: Iterable[str] = ()) -> LanguageModel:
     """A new model whose matrices inside the blocks are whole numbers; `model` stays as it is.
 
     Everything else (embeddings, output, norms, biases) is rounded to bfloat16, which changes bits per byte by less than
@@ -28,10 +28,13 @@ def compress(model: CausalLM, bits: int, group: int | None = None, skip: Iterabl
         skip: patterns (as in file names: `blocks.0.*`) of matrices to leave out.
 
     Raises:
-        ConfigError: unknown bits or group; a group that does not divide the columns of a matrix; a pattern that matches
-            nothing; nothing left to quantise; weights that are not finite; a model that is quantised already.
+        ConfigError: a model that is no decoder; unknown bits or group; a group that does not divide the columns of a matrix;
+            a pattern that matches nothing; nothing left to quantise; weights that are not finite; a model that is quantised
+            already.
     """
     group, skip = rtn.check(bits, group), tuple(skip)
+    if model.kind != "decoder":
+        raise ConfigError(f"this {model.model_type} is of the kind {model.kind!r}, and only decoders are quantised: take one")
     done = next((m for m in model.modules() if isinstance(m, QuantLinear)), None)
     if done is not None:
         raise ConfigError(f"the model is quantised to {done.bits} bits already: start from the checkpoint that it was made from")
@@ -58,7 +61,7 @@ def compress(model: CausalLM, bits: int, group: int | None = None, skip: Iterabl
     return small
 
 
-def weight_error(model: CausalLM, small: CausalLM) -> tuple[float, float]:
+def weight_error(model: LanguageModel, small: LanguageModel) -> tuple[float, float]:
     """Largest and mean |w - q scale| over all quantised weights of `small`, which was made from `model`."""
     largest, total, count = 0.0, 0.0, 0
     for name, layer in small.named_modules():

@@ -21,7 +21,7 @@ from torch import Tensor, nn
 from athanor.compress import rtn
 from athanor.compress.linear import QuantLinear
 from athanor.core.errors import CheckpointError, ConfigError
-from athanor.models.base import CausalLM
+from athanor.models.base import LanguageModel
 
 _FIELD = "quantization_config"
 _HEAD = "lm_head"
@@ -91,13 +91,13 @@ def unpack8(packed: Tensor, columns: int) -> Tensor:
     return (packed.contiguous().view(torch.uint8)[:, :columns] ^ 128).view(torch.int8)
 
 
-def layout(model: CausalLM) -> PackQuantized | None:
+def layout(model: LanguageModel) -> PackQuantized | None:
     """How a file holds the model, or None when it is not quantised."""
     layer = next((m for m in model.modules() if isinstance(m, QuantLinear)), None)
     return None if layer is None else PackQuantized(layer.bits, model.output_weight.dtype)
 
 
-def describe(model: CausalLM) -> dict[str, Any]:
+def describe(model: LanguageModel) -> dict[str, Any]:
     """What joins config.json: nothing, or the `quantization_config` that other readers of compressed-tensors understand."""
     layers = [m for m in model.modules() if isinstance(m, QuantLinear)]
     if not layers:
@@ -123,7 +123,7 @@ def describe(model: CausalLM) -> dict[str, Any]:
     return {_FIELD: config}
 
 
-def prepare(model: CausalLM, fields: Mapping[str, Any]) -> PackQuantized | None:
+def prepare(model: LanguageModel, fields: Mapping[str, Any]) -> PackQuantized | None:
     """Exchange the matrices of a model without weights for what `quantization_config` says of them.
 
     Returns:
@@ -166,7 +166,7 @@ def prepare(model: CausalLM, fields: Mapping[str, Any]) -> PackQuantized | None:
 _REMEDY = "copy the file again, or make the folder anew with `athanor quantize` from the model that was not quantised"
 
 
-def _their_names(model: CausalLM, module: str) -> list[str]:
+def _their_names(model: LanguageModel, module: str) -> list[str]:
     weight = model.get_submodule(module).get_parameter("weight")
     return [name.removesuffix(".weight") for name in model.to_hf({f"{module}.weight": weight})]
 

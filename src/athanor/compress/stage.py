@@ -15,16 +15,16 @@ from athanor.compress import formats
 from athanor.compress.apply import compress, weight_error
 from athanor.core import io
 from athanor.core.errors import AthanorError, ConfigError, VerificationError
-from athanor.models.base import CausalLM
+from athanor.models.base import LanguageModel
 
 _TOLERANCE = 1e-5  # of logits, between the model in memory and the one read back
 _PROBE = (2, 64)  # sequences and tokens that are compared
 
 
-class LanguageModel(Protocol):
+class Loaded(Protocol):
     """What this asks of an `athanor.lm.LM`."""
 
-    model: CausalLM
+    model: LanguageModel
     path: Path | None
 
     def logits(self, ids: Tensor, /) -> Tensor:
@@ -36,7 +36,7 @@ class LanguageModel(Protocol):
         ...
 
 
-Whole = TypeVar("Whole", bound=LanguageModel)
+Whole = TypeVar("Whole", bound=Loaded)
 
 
 def run(lm: Whole, bits: int, group: int | None, out: Path, parent: str | None, load: Callable[[Path], Whole]) -> dict[str, Any]:
@@ -94,7 +94,7 @@ def _difference(small: Whole, out: Path, load: Callable[[Path], Whole]) -> float
     return float((small.logits(ids) - again.logits(ids).to(small.model.device)).abs().max())
 
 
-def _bytes(model: CausalLM) -> int:
+def _bytes(model: LanguageModel) -> int:
     layout, tensors = formats.layout(model), model.to_hf(model.state_dict())
     return sum(t.nbytes for t in (layout.encode(tensors) if layout else tensors).values())
 

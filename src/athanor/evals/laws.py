@@ -16,14 +16,17 @@ from typing import Any
 import torch
 from torch import Tensor
 
+from athanor.core import io
 from athanor.infer.engine import Engine
-from athanor.models.base import CausalLM
-from athanor.nn.context import Causal, Packed
+from athanor.models.base import CausalLM, EncoderDecoder, LanguageModel
+from athanor.nn.context import Bidirectional, Causal, Memory, Packed, WithMemory
 from athanor.tokenizer.bpe import TOKENIZER_FILE, Tokenizer
 from athanor.tokenizer.chat import TEMPLATE, Rendered, render
+from athanor.tokenizer.vocabulary import Vocabulary
 from athanor.types import IGNORE, Batch, Completion, Finding, Request, SamplingParams
 
 NATS = 1e-4  # float32 log-probabilities of one token computed in two ways
+_LONGEST = 512  # tokens of a probe
 LOGITS = 1e-4  # logits of two programs, as a share of the largest
 Messages = list[dict[str, str]]
 Renderer = Callable[[Messages, bool], list[int]]
@@ -40,13 +43,21 @@ CONVERSATIONS: tuple[Messages, ...] = (
 )
 
 
-def sequences(tokenizer: Tokenizer, context: int) -> list[Rendered]:
-    """Ragged probes of 2 tokens to `context` at most, supervised where an assistant speaks, or everywhere when none does."""
-    rendered = [render(tokenizer, c, generation_prompt=len(c) == 1) for c in CONVERSATIONS]
-    plain = [
-        [tokenizer.bos_id, *tokenizer.encode(text)] for text in ("The athanor keeps one steady heat. " * 9, "12 + 30 =", "a")
-    ]
-    rendered += [Rendered(ids, [True] * len(ids)) for ids in plain]
+def sequences(tokenizer: Vocabulary | None, context: int, vocab_size: int) -> list[Rendered]:
+    """Ragged probes of 2 tokens to `context` at most, supervised where an assistant speaks, or everywhere when none does.
+
+    Without a tokenizer they are random ids below `vocab_size`; one of another program knows no conversations.
+    """
+    rendered = []
+    if isinstance(tokenizer, Tokenizer):
+        rendered = [render(tokenizer, c, generation_prompt=len(c) == 1) for c in CONVERSATIONS]
+    texts = ["The athanor keeps one steady heat. " * 9, "12 + 30 =", "a" if rendered else "a b c"]
+    texts += [] if rendered else ["What is 12 + 30?", "  naïve café, 世界"]
+    generator = torch.Generator().manual_seed(0)
+    for text in texts:
+        drawn = torch.randint(vocab_size, (2 + len(text) // 3,), generator=generator)
+        ids = drawn.tolist() if tokenizer is None else tokenizer.prompt(text)
+        rendered.append(Rendered(ids, [True] * len(ids)))
     cut = [Rendered(r.ids[:context], r.loss_mask[:context]) for r in rendered]
     return [r if any(r.loss_mask) else Rendered(r.ids, [True] * len(r.ids)) for r in cut]
 
@@ -97,11 +108,11 @@ def _jinja(folder: str) -> tuple[Renderer, str]:
     return ids, "jinja"
 
 
-def one_model(model: CausalLM, tokenizer: Tokenizer) -> list[Finding]:
+def one_model(model: CausalLM, tokenizer: Vocabulary) -> list[Finding]:
     """L2: answers from the cache are those of whole forward passes, and the same alone as among others."""
-    context = model.config.max_positions
+    context = min(model.config.max_positions, _LONGEST)
     requests = []
-    for i, s in enumerate(sequences(tokenizer, context // 2) * 2):
+    for i, s in enumerate(sequences(tokenizer, context // 2, model.config.vocab_size) * 2):
         params = SamplingParams(temperature=float(i % 2), max_tokens=8 + 5 * (i % 4), seed=i)
         requests.append(Request(str(i), s.ids, params))
     together = Engine(model, tokenizer, max_batch=3).generate(requests)
@@ -135,6 +146,26 @@ def packed_is_separate(model: CausalLM, batch: Batch) -> Finding:
 
 
 @torch.inference_mode()
+def hidden_packed_is_separate(model: LanguageModel, sequences: Sequence[Sequence[int]]) -> Finding:
+    """L3 for encoders and encoder-decoders, whose answers to each sequence are here the others': the same hidden states."""
+    ids = [torch.tensor(s, device=model.device) for s in sequences]
+    lengths = torch.tensor([len(s) for s in ids], device=model.device)
+    packed = _hidden(model, torch.cat(ids), lengths, torch.cat(ids[::-1]), lengths.flip(0))
+    alone = [_hidden(model, s, lengths[i : i + 1], ids[~i], lengths[~i, None]) for i, s in enumerate(ids)]
+    distance = _largest(packed - torch.cat(alone)) / (float(packed.abs().max()) or 1.0)
+    return Finding("L3", f"packed and separate: hidden states of {len(packed)} tokens", distance, LOGITS)
+
+
+def _hidden(model: LanguageModel, ids: Tensor, lengths: Tensor, answers: Tensor, answer_lengths: Tensor) -> Tensor:
+    """Of sequences laid end to end, (N,) -> (N, D)."""
+    ctx = Packed(lengths, causal=False)
+    if not isinstance(model, EncoderDecoder):
+        return model.hidden(ids.unsqueeze(0), ctx)[0]
+    memory = Memory(model.encode(ids.unsqueeze(0), ctx), lengths)
+    return model.hidden(answers.unsqueeze(0), WithMemory(Packed(answer_lengths), memory))[0]
+
+
+@torch.inference_mode()
 def rollout_is_trainer(model: CausalLM, batch: Batch) -> Finding:
     """L6: `old_logprobs` of a batch of rollouts (see `objectives.policy_gradient`) are those that the trainer computes."""
     at = batch.labels != IGNORE
@@ -155,6 +186,48 @@ def same_logits(
         return Finding("L7", f"{compared}: logits have shapes {tuple(a.shape)} and {tuple(b.shape)}", torch.inf)
     scale = 1.0 if exactly else float(a.abs().max()) or 1.0
     return Finding("L7", f"{compared}: logits of {len(ids)} tokens", _largest(a - b) / scale, 0.0 if exactly else LOGITS)
+
+
+def outputs(model: LanguageModel) -> Callable[[Tensor], Tensor]:
+    """What a model computes of ids (1, T): logits, or hidden states where it has no logits."""
+
+    def run(ids: Tensor) -> Tensor:
+        if isinstance(model, EncoderDecoder):
+            out: Tensor = model(ids, ids)
+            return out
+        if model.task == "none":
+            return model.hidden(ids, Bidirectional(1, ids.shape[1]) if model.kind == "encoder" else Causal(1, ids.shape[1]))
+        out = model(ids)
+        return out
+
+    return run
+
+
+def same_in_transformers(model: LanguageModel, folder: Path, quantised: bool, ids: Sequence[int]) -> Finding:
+    """L7: the folder that `model` was saved to gives its numbers in transformers."""
+
+    def skipped(reason: str) -> Finding:
+        return Finding("L7", "ours and transformers", skipped=reason)
+
+    if quantised or not find_spec("transformers"):
+        return skipped("the model is quantised: other programs round otherwise" if quantised else "transformers is not installed")
+    import transformers
+    from transformers.utils import logging
+
+    named = (io.read_json(folder / "config.json").get("architectures") or ["none"])[0]
+    if model.task not in ("lm", "none") or not hasattr(transformers, named):
+        return skipped(f"transformers has no model {named!r}, or it gives more than logits")
+    logging.disable_progress_bar()
+    theirs = getattr(transformers, named).from_pretrained(folder, dtype=torch.float32).eval()
+
+    def other(tensor: Tensor) -> Tensor:
+        answers = {"decoder_input_ids": tensor} if isinstance(model, EncoderDecoder) else {}
+        with torch.inference_mode():
+            found = theirs(tensor, **answers)
+        logits: Tensor = found.last_hidden_state if model.task == "none" else found.logits
+        return logits
+
+    return same_logits("ours and transformers", outputs(model), other, ids, exactly=False)
 
 
 def _largest(difference: Tensor) -> float:

@@ -15,8 +15,8 @@ from athanor.infer.sampling import sample
 from athanor.infer.scheduler import Scheduler
 from athanor.infer.sequence import Sequence
 from athanor.models.base import CausalLM, EncoderDecoder
-from athanor.tokenizer.bpe import Tokenizer
 from athanor.tokenizer.stream import StreamDecoder
+from athanor.tokenizer.vocabulary import Vocabulary
 from athanor.types import Completion, Request
 
 
@@ -33,7 +33,8 @@ class Chunk:
 class Engine:
     """Answers requests; a request joins the batch as soon as a row is free and leaves it when it is done.
 
-    Not thread-safe: one thread drives it. Ended answers are those with `<|end|>`, a stop text, max_tokens or a full context.
+    Not thread-safe: one thread drives it. An answer ends with a token that ends one, a stop text, max_tokens or a full
+    context.
 
     Args:
         model: shared with whoever trains it; read at every step.
@@ -49,13 +50,13 @@ class Engine:
     def __init__(
         self,
         model: CausalLM | EncoderDecoder,
-        tokenizer: Tokenizer,
+        tokenizer: Vocabulary,
         *,
         max_batch: int = 64,
         max_len: int | None = None,
         precision: Precision = "fp32",
     ) -> None:
-        context = model.config.max_positions
+        context = getattr(model.config, "cached_positions", model.config.max_positions)
         if max_batch < 1:
             raise ConfigError(f"max_batch ({max_batch}) must be at least 1: one sequence has to run")
         if max_len is not None and not 2 <= max_len <= context:
@@ -63,6 +64,7 @@ class Engine:
                 f"max_len ({max_len}) must lie between 2 (a token of prompt and one of answer) and {context}, the model's context"
             )
         self.tokenizer = tokenizer
+        self.end_ids = frozenset(model.token_ids.eos) or frozenset(() if tokenizer.end_id is None else (tokenizer.end_id,))
         self.max_len = max_len or context
         self.scheduler = Scheduler(max_batch)
         self.runner = Runner(model, precision)
@@ -88,7 +90,9 @@ class Engine:
         check(request, self.max_len, self.vocab_size)
         if request.id in self._ids:
             raise RequestError(f"request id {request.id!r} is already being answered: give each request its own", "id")
-        sequence = Sequence(request, StreamDecoder(self.tokenizer, request.params.stop), self._start)
+        sequence = Sequence(
+            request, StreamDecoder(self.tokenizer, request.params.stop, () if self._start else request.prompt_ids), self._start
+        )
         self._ids.add(request.id)
         self.scheduler.waiting.append(sequence)
 
@@ -149,7 +153,7 @@ class Engine:
     def _extend(self, sequences: list[Sequence], logits: Tensor) -> None:
         tokens, logprobs = sample(logits, [s.request.params for s in sequences], [len(s.ids) for s in sequences])
         for s, token, logprob in zip(sequences, tokens.tolist(), logprobs.tolist(), strict=True):
-            s.append(token, logprob, self.tokenizer.end_id, self.max_len)
+            s.append(token, logprob, self.end_ids, self.max_len)
 
     def _retire(self) -> list[Chunk]:
         finished, moves = self.scheduler.retire()

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from collections.abc import Collection
 from collections.abc import Sequence as TokenSequence
 from dataclasses import dataclass, field
 
@@ -34,13 +35,13 @@ class Sequence:
         """Tokens of start and answer."""
         return len(self.start) + len(self.ids)
 
-    def append(self, token: int, logprob: float, end_id: int, max_len: int) -> None:
+    def append(self, token: int, logprob: float, end_ids: Collection[int], max_len: int) -> None:
         """Take one new token and see whether the answer ends with it."""
         self.ids.append(token)
         self.logprobs.append(logprob)
         if self.request.params.stop:
             self._read()  # only a stop text has to be seen at once
-        if token == end_id or self.decoder.stopped:
+        if token in end_ids or self.decoder.stopped:
             self.finish_reason = "stop"
         elif len(self.ids) >= self.request.params.max_tokens or self.length >= max_len:
             self.finish_reason = "length"
@@ -62,7 +63,7 @@ class Sequence:
             self.decoder.push(token)
         self._n_read = len(self.ids)
 
-    def completion(self, think_id: int) -> Completion:
+    def completion(self, think_id: int | None) -> Completion:
         """The finished answer; every piece of text must have been taken."""
         assert self.finish_reason is not None
         return Completion(

@@ -65,6 +65,7 @@ class LanguageModel(nn.Module):
         prefix: what the names of all but the heads begin with in a file; files of the bare trunk lack it.
         harmless: patterns (`re.fullmatch`) of tensors in files of others that nothing is computed with.
         renamed: (pattern, replacement) pairs that bring names of old files to today's.
+        idle: patterns (as in file names) of modules that neither `hidden` nor `logits` runs for every token.
         lm_modules: attributes that only the family's own logits need; None in a model with another head or none (`heads.py`).
 
     Attributes:
@@ -79,6 +80,7 @@ class LanguageModel(nn.Module):
     prefix: ClassVar[str] = ""
     harmless: ClassVar[tuple[str, ...]] = ()
     renamed: ClassVar[tuple[tuple[str, str], ...]] = ()
+    idle: ClassVar[tuple[str, ...]] = ()
     lm_modules: ClassVar[tuple[str, ...]] = ("head",)
     task: str = "lm"
     token_ids: TokenIds = TokenIds()

@@ -209,6 +209,7 @@ class Model(decoder.Decoder):
     """The model; see the module docstring. `ahead` is None where a file lacks the heads that its config speaks of."""
 
     model_type = "deepseek_v3"
+    idle = ("ahead.*",)
     config: Config
 
     def __init__(self, config: Config) -> None:

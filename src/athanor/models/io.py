@@ -19,6 +19,7 @@ from athanor.models.keys import entry
 
 WEIGHTS = "model.safetensors"
 _SHOWN = 6  # names listed in an error before it says how many more there are
+_TOKENS = ("bos_token_id", "eos_token_id", "pad_token_id", "decoder_start_token_id")
 _SHARD = 5_000_000_000  # bytes
 # Fields of config.json that a folder written anew must not inherit.
 _OWN = ("quantization_config", "auto_map", "transformers_version", "_name_or_path", "torch_dtype")
@@ -83,6 +84,12 @@ def save(model: LanguageModel, folder: Path, extra: Mapping[str, Any] | None = N
     io.write_json(folder / "config.json", fields | _token_fields(model.token_ids) | {"dtype": dtype} | dict(extra or {}))
 
 
+def weights_hash(folder: Path) -> str | None:
+    """SHA-256 (hex) of model.safetensors, or of the hashes of its parts; None where there are no such files."""
+    hashes = [io.sha256_file(path) for path in sorted(folder.glob("model*.safetensors"))]
+    return hashes[0] if len(hashes) == 1 else io.sha256_text("\n".join(hashes)) if hashes else None
+
+
 def _token_fields(ids: TokenIds) -> dict[str, Any]:
     eos = ids.eos[0] if len(ids.eos) == 1 else list(ids.eos) or None
     fields = {"bos_token_id": ids.bos, "eos_token_id": eos, "pad_token_id": ids.pad, "decoder_start_token_id": ids.decoder_start}
@@ -143,24 +150,9 @@ def load(
         CheckpointError: damaged files; tensors missing, unexpected, misshaped or not what they must be (each is listed);
             an unknown architecture.
     """
-    fields = read_config(folder)
-    try:
-        module = architecture(fields["model_type"])
-    except PluginError as error:
-        raise CheckpointError(f"{folder}/config.json: {error}") from error
-    model: LanguageModel = build(fields["model_type"], _config(module, fields, folder))
-    model.token_ids, model.fields = _token_ids(fields), fields
-    weights = open_weights(folder, pickled=pickled)
-    names = _Names(model, weights, folder)
-    with torch.device("meta"):
-        model.become(_architecture_named(fields), names.__contains__)
-    names.tied = dict(model.tied_keys())
-    layout = prepare(model, fields) if prepare else None
-    expected = model.to_hf(model.state_dict())
+    model, names, layout = _open(folder, prepare, pickled)
     if layout:
-        expected = layout.encode(expected)
-    _check(names, expected, folder)
-    if layout:
+        expected = layout.encode(model.to_hf(model.state_dict()))
         decoded = layout.decode({name: names.read(name) for name in expected})
         state = model.from_hf(decoded)
     else:
@@ -168,6 +160,47 @@ def load(
     model.load_state_dict(state, assign=True)
     assert not any(x.is_meta for x in (*model.parameters(), *model.buffers())), "a buffer that no file holds has no device"
     return model.eval()
+
+
+def skeleton(
+    folder: Path, prepare: Callable[[Any, dict[str, Any]], Layout | None] | None = None, *, pickled: bool = False
+) -> Any:
+    """The model in `folder` without its weights, checked as `load` does: parameters have a shape and a dtype and no memory."""
+    model, names, layout = _open(folder, prepare, pickled)
+    if not layout:
+        with torch.device("meta"):
+            model.load_state_dict(model.fill(lambda name, out: None, names.dtype), assign=True)
+    return model.eval()
+
+
+def _open(
+    folder: Path, prepare: Callable[[Any, dict[str, Any]], Layout | None] | None, pickled: bool
+) -> tuple[LanguageModel, _Names, Layout | None]:
+    fields = read_config(folder)
+    try:
+        module = architecture(fields["model_type"])
+    except PluginError as error:
+        raise CheckpointError(f"{folder}/config.json: {error}") from error
+    model: LanguageModel = build(fields["model_type"], _config(module, fields, folder))
+    model.token_ids, model.fields = _token_ids(fields | _generation(folder)), fields
+    weights = open_weights(folder, pickled=pickled)
+    names = _Names(model, weights, folder)
+    with torch.device("meta"):
+        model.become(_architecture_named(fields), names.__contains__)
+    names.tied = dict(model.tied_keys())
+    layout = prepare(model, fields) if prepare else None
+    expected = model.to_hf(model.state_dict())
+    _check(names, layout.encode(expected) if layout else expected, folder)
+    return model, names, layout
+
+
+def _generation(folder: Path) -> dict[str, Any]:
+    """What generation_config.json says of token ids: transformers goes by it where it is there."""
+    path = folder / "generation_config.json"
+    fields = io.read_json(path) if path.is_file() else {}
+    if not isinstance(fields, dict):
+        raise CheckpointError(f"{path} must hold a table: copy it again")
+    return {name: value for name, value in fields.items() if name in _TOKENS and value is not None}
 
 
 class _Names:

@@ -43,6 +43,7 @@ class Attention(nn.Module):
     ) -> None:
         super().__init__()
         self.n_heads, self.n_kv_heads, self.head_dim = n_heads, n_kv_heads, head_dim
+        self.per_pair = 4 * n_heads * head_dim  # FLOPs of one query with one key and its value
         self.scoring = scoring
         self.qkv = nn.Linear(dim, (n_heads + 2 * n_kv_heads) * head_dim, bias=bias)
         self.out = nn.Linear(n_heads * head_dim, dim, bias=out_bias)
@@ -78,6 +79,7 @@ class CrossAttention(nn.Module):
     def __init__(self, dim: int, n_heads: int, head_dim: int, *, bias: bool = False, scoring: Scoring = PLAIN) -> None:
         super().__init__()
         self.n_heads, self.head_dim = n_heads, head_dim
+        self.per_pair = 4 * n_heads * head_dim  # FLOPs of one query with one key and its value
         self.scoring = scoring
         self.query = nn.Linear(dim, n_heads * head_dim, bias=bias)
         self.kv = nn.Linear(dim, 2 * n_heads * head_dim, bias=bias)

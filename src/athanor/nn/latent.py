@@ -58,6 +58,7 @@ class LatentAttention(nn.Module):
         super().__init__()
         self.n_heads, self.query_rank, self.latent_rank = n_heads, query_rank, latent_rank
         self.rope_dim, self.nope_dim, self.value_dim = rope_dim, nope_dim, value_dim
+        self.per_pair = 2 * n_heads * (rope_dim + nope_dim + value_dim)  # FLOPs of one query with one key and its value
         self.scoring = Scoring(scale=sharpness / math.sqrt(rope_dim + nope_dim))
         # Of x: the latent of queries, that of keys and values, what is turned.
         self.latent = nn.Linear(dim, (query_rank or 0) + latent_rank + rope_dim, bias=bias)

@@ -13,6 +13,7 @@ from athanor.core.errors import ConfigError
 from athanor.data import corpus
 from athanor.evals import harness, likelihood, scores, skill
 from athanor.lm import load, resolve
+from athanor.tokenizer.chat import ours
 
 COMMAND = "eval"
 POSITIONAL = ("path",)
@@ -79,7 +80,9 @@ def run(config: Config, folder: Path) -> dict[str, Any]:
     bits = None
     if text.exists():
         documents = corpus.beginning(text, config.text_bytes)
-        bits = likelihood.bits_per_byte(lm.model, lm.tokenizer, documents, window=config.window, precision=config.precision)
+        bits = likelihood.bits_per_byte(
+            lm.decoder, ours(lm.tokenizer), documents, window=config.window, precision=config.precision
+        )
     first: dict[str, list[harness.Result]] = {}
     for r in results:
         first.setdefault(r.skill, []).append(r)

@@ -25,7 +25,7 @@ from athanor.objectives import policy_gradient
 from athanor.objectives.policy_gradient import PolicyConfig
 from athanor.optim.build import OptimConfig, build
 from athanor.optim.schedules import warmup_cosine
-from athanor.tokenizer.chat import render
+from athanor.tokenizer.chat import ours, render
 from athanor.train.loop import Hook, fit
 from athanor.train.state import StateStore
 from athanor.train.watch import watching
@@ -84,8 +84,8 @@ def _train(config: Config, stage: Stage) -> None:
     run = config.run
     require(run, "sft")
     lm = load(run, "sft")
-    model, tokenizer = lm.model.to(default_device()), lm.tokenizer
-    reference = load(run, "sft").model.to(default_device()) if config.policy.kl > 0 else None
+    model, tokenizer = lm.decoder.to(default_device()), ours(lm.tokenizer)
+    reference = load(run, "sft").decoder.to(default_device()) if config.policy.kl > 0 else None
     rewards = [(w, plugins.require("align.rewards", name, "reward").reward) for name, w in config.rewards.items()]
     engine = lm.engine(max_batch=config.prompts * config.group, precision=config.precision)
     curriculum = Curriculum(_names(config))

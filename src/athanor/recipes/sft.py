@@ -18,6 +18,7 @@ from athanor.lm import load
 from athanor.objectives import next_token
 from athanor.optim.build import OptimConfig, build
 from athanor.optim.schedules import warmup_cosine
+from athanor.tokenizer.chat import ours
 from athanor.train.loop import fit
 from athanor.train.state import StateStore
 from athanor.train.watch import watching
@@ -72,7 +73,7 @@ def _train(config: Config, stage: Stage) -> None:
     run = config.run
     require(run, "pretrain")
     lm = load(run, "base")
-    model, tokenizer = lm.model.to(default_device()), lm.tokenizer
+    model, tokenizer = lm.decoder.to(default_device()), ours(lm.tokenizer)
     names = _names(config)
     rows = round(config.batch_tokens * config.replay / config.accumulate / config.context)
     order = Rows(TokenShard(run / "corpus" / "train.bin", tokenizer), config.context, config.seed + 1)

@@ -31,13 +31,13 @@ from athanor.tokenizer.chat import render
 
 if TYPE_CHECKING:
     from athanor.infer.engine import Engine
-    from athanor.tokenizer.bpe import Tokenizer
+    from athanor.tokenizer.vocabulary import Vocabulary
 
 _CLIENT_LEFT = 499  # nginx's status for it; nobody receives it
 
 
 def create_app(
-    engine: Engine, tokenizer: Tokenizer, model_name: str, *, max_queue: int = 256, default_max_tokens: int | None = None
+    engine: Engine, tokenizer: Vocabulary, model_name: str, *, max_queue: int = 256, default_max_tokens: int | None = None
 ) -> FastAPI:
     """An application that serves `engine` as `model_name`; it alone may use the engine while it runs.
 

@@ -13,7 +13,7 @@ from athanor.types import FinishReason, Message, Request, SamplingParams
 
 if TYPE_CHECKING:
     from athanor.infer.engine import Chunk, Engine
-    from athanor.tokenizer.bpe import Tokenizer
+    from athanor.tokenizer.vocabulary import Vocabulary
 
 
 class Turn:
@@ -45,7 +45,7 @@ class Dialogue:
     An answer's reasoning stays in the history, as it does in the conversations of training.
     """
 
-    def __init__(self, engine: Engine, tokenizer: Tokenizer, system: str | None = None) -> None:
+    def __init__(self, engine: Engine, tokenizer: Vocabulary, system: str | None = None) -> None:
         self._engine = engine
         self._tokenizer = tokenizer
         self._names = itertools.count(1)

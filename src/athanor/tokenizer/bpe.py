@@ -6,6 +6,7 @@ Source: Sennrich et al. 2016 (BPE); Radford et al. 2019, section 2.2 (byte level
 
 from __future__ import annotations
 
+import codecs
 import hashlib
 import json
 import os
@@ -124,7 +125,7 @@ class Tokenizer:
             initial_alphabet=pre_tokenizers.ByteLevel.alphabet(),
             show_progress=False,
         )
-        inner.train_from_iterator(map(_checked, texts), trainer)
+        inner.train_from_iterator(map(checked, texts), trainer)
         return cls(inner.to_str())
 
     @classmethod
@@ -178,13 +179,17 @@ class Tokenizer:
 
         Raises TokenizerError for a lone surrogate, which no UTF-8 can hold.
         """
-        ids: list[int] = self._inner.encode(_checked(text), add_special_tokens=False).ids
+        ids: list[int] = self._inner.encode(checked(text), add_special_tokens=False).ids
         return ids
 
     def encode_batch(self, texts: Sequence[str]) -> list[list[int]]:
         """`[encode(text) for text in texts]`, on all cores unless TOKENIZERS_PARALLELISM=false."""
-        encodings = self._inner.encode_batch_fast([_checked(text) for text in texts], add_special_tokens=False)
+        encodings = self._inner.encode_batch_fast([checked(text) for text in texts], add_special_tokens=False)
         return [encoding.ids for encoding in encodings]
+
+    def prompt(self, text: str) -> list[int]:
+        """The beginning-of-text token, and the ids of `text`."""
+        return [self.bos_id, *self.encode(text)]
 
     def decode(self, ids: Iterable[int]) -> str:
         """The text of `ids` without control tokens; bytes that are not UTF-8 become U+FFFD.
@@ -192,6 +197,16 @@ class Tokenizer:
         Raises TokenizerError for an id that is not 0 <= id < V.
         """
         return b"".join(map(self.token_bytes, ids)).decode("utf-8", errors="replace")
+
+    def token(self, id: int) -> str:
+        """The text of one token, bytes that are no character as \\xNN; the name of a control token."""
+        if 0 <= id < len(CONTROL_TOKENS):
+            return CONTROL_TOKENS[id]
+        return self.token_bytes(id).decode("utf-8", errors="backslashreplace")
+
+    def pieces(self, before: Sequence[int]) -> _Pieces:
+        """A decoder of tokens as they come; a byte-level vocabulary needs nothing of what stands before them."""
+        return _Pieces(self)
 
     def token_bytes(self, id: int) -> bytes:
         """The bytes that a token stands for; b"" for a control token. Raises TokenizerError for an id not in 0 <= id < V."""
@@ -203,7 +218,21 @@ class Tokenizer:
         return self._bytes[id]
 
 
-def _checked(text: str) -> str:
+class _Pieces:
+    """Characters out of bytes."""
+
+    def __init__(self, tokenizer: Tokenizer) -> None:
+        self._tokenizer = tokenizer
+        self._bytes = codecs.getincrementaldecoder("utf-8")(errors="replace")
+
+    def push(self, id: int) -> str:
+        return self._bytes.decode(self._tokenizer.token_bytes(id))
+
+    def finish(self) -> str:
+        return self._bytes.decode(b"", final=True)
+
+
+def checked(text: str) -> str:
     """`text` as it is. Raises TokenizerError when UTF-8 cannot hold it."""
     try:
         if not text.isascii():  # a flag lookup; only other text pays for the check

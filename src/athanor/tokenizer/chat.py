@@ -8,16 +8,15 @@ from __future__ import annotations
 
 from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import dataclass
-from typing import TYPE_CHECKING, Any, get_args
+from typing import Any, get_args
 
 from athanor.core.errors import RequestError, nearest
+from athanor.tokenizer.bpe import Tokenizer
 from athanor.tokenizer.template import TEMPLATE, template_hash
+from athanor.tokenizer.vocabulary import Vocabulary
 from athanor.types import ROLES, Conversation, Message, Role
 
-if TYPE_CHECKING:
-    from athanor.tokenizer.bpe import Tokenizer
-
-__all__ = ["TEMPLATE", "Rendered", "messages_from", "parse", "render", "split", "template_hash", "well_formed"]
+__all__ = ["TEMPLATE", "Rendered", "messages_from", "ours", "parse", "render", "split", "template_hash", "well_formed"]
 
 _EXAMPLE = "{'role': 'user', 'content': '...'}"
 _FIELDS = ("role", "content", "reasoning", "reasoning_content")
@@ -35,15 +34,27 @@ class Rendered:
     loss_mask: list[bool]
 
 
+def ours(tokenizer: Vocabulary) -> Tokenizer:
+    """`tokenizer`, where it has the control tokens of our template. Raises RequestError for that of an imported model."""
+    if isinstance(tokenizer, Tokenizer):
+        return tokenizer
+    raise RequestError(
+        "this model came with a tokenizer of another program, in which our chat template has no tokens: give a text instead of"
+        " a conversation, or a model that was trained with `athanor sft`",
+        param="messages",
+    )
+
+
 def render(
-    tokenizer: Tokenizer, conversation: Conversation | Sequence[Mapping[str, Any]], *, generation_prompt: bool = False
+    tokenizer: Vocabulary, conversation: Conversation | Sequence[Mapping[str, Any]], *, generation_prompt: bool = False
 ) -> Rendered:
     """`<|bos|>`, then `<|role|>` content `<|end|>` for each message.
 
     An assistant's reasoning stands as `<think>` reasoning `</think>` before its content. Learned is everything after
     `<|assistant|>` up to and including its `<|end|>`. With `generation_prompt` an `<|assistant|>` is appended for the model to
-    go on from. Raises RequestError as `messages_from` does.
+    go on from. Raises RequestError as `messages_from` and `ours` do.
     """
+    tokenizer = ours(tokenizer)
     ids, loss_mask = [tokenizer.bos_id], [False]
     starts = {"system": tokenizer.system_id, "user": tokenizer.user_id, "assistant": tokenizer.assistant_id}
     for message in messages_from(conversation):
@@ -62,11 +73,12 @@ def render(
     return Rendered(ids, loss_mask)
 
 
-def split(tokenizer: Tokenizer, ids: Iterable[int]) -> tuple[list[int], list[int] | None]:
+def split(tokenizer: Vocabulary, ids: Iterable[int]) -> tuple[list[int], list[int] | None]:
     """Content ids and reasoning ids (None when `<think>` never came) of an answer up to its `<|end|>`; control ids left out.
 
     What follows `<think>` is reasoning until `</think>`, or to the end when that never comes.
     """
+    tokenizer = ours(tokenizer)
     content: list[int] = []
     reasoning: list[int] | None = None
     thinking = False
@@ -87,7 +99,7 @@ def split(tokenizer: Tokenizer, ids: Iterable[int]) -> tuple[list[int], list[int
     return content, reasoning
 
 
-def parse(tokenizer: Tokenizer, ids: Iterable[int]) -> Message:
+def parse(tokenizer: Vocabulary, ids: Iterable[int]) -> Message:
     """The message that `ids` (what stands after `<|assistant|>`) are; takes any ids. `parse(render(message)) == message`.
 
     An unclosed `<think>` makes all that follows it reasoning; what comes after `<|end|>` is not read; other control
@@ -97,8 +109,9 @@ def parse(tokenizer: Tokenizer, ids: Iterable[int]) -> Message:
     return Message("assistant", tokenizer.decode(content), None if reasoning is None else tokenizer.decode(reasoning))
 
 
-def well_formed(tokenizer: Tokenizer, ids: Sequence[int]) -> bool:
+def well_formed(tokenizer: Vocabulary, ids: Sequence[int]) -> bool:
     """Whether `ids` are `<think>` reasoning `</think>` content `<|end|>`, the content not blank, no other control token."""
+    tokenizer = ours(tokenizer)
     control = [id for id in ids if id < len(tokenizer.control)]
     if control != [tokenizer.think_id, tokenizer.end_think_id, tokenizer.end_id]:
         return False

@@ -22,7 +22,7 @@ _REMEDY = "give the tokenizer.bin that llama2.c's tokenizer.py wrote for this mo
 
 
 def read(path: Path, vocab_size: int) -> str:
-    """The text of a tokenizer.json that gives the ids of llama2.c's own encoder, without its BOS.
+    """The text of a tokenizer.json that gives the ids of llama2.c's own encoder: with its BOS where control tokens are added.
 
     One difference: U+2581 is a space here, as in SentencePiece, and three bytes there.
 
@@ -35,7 +35,7 @@ def read(path: Path, vocab_size: int) -> str:
             occurs twice, or is longer than 1024 bytes; two merged tokens with the same score, whose order no tokenizer.json
             can express; a score that is not finite.
     """
-    from tokenizers import AddedToken, Tokenizer, decoders, models, normalizers
+    from tokenizers import AddedToken, Tokenizer, decoders, models, normalizers, processors
 
     scores = _read_pieces(path, vocab_size)
     vocabulary = {piece: i for i, piece in enumerate([*SPECIAL, *_BYTES, *scores])}
@@ -48,6 +48,8 @@ def read(path: Path, vocab_size: int) -> str:
         [decoders.Replace(SPACE, " "), decoders.ByteFallback(), decoders.Fuse(), decoders.Strip(" ", 1, 0)]
     )
     tokenizer.add_special_tokens([AddedToken(name, special=True, normalized=False) for name in SPECIAL])
+    bos = SPECIAL[1]
+    tokenizer.post_processor = processors.TemplateProcessing(single=f"{bos} $A", special_tokens=[(bos, SPECIAL.index(bos))])
     text: str = tokenizer.to_str()
     return text
 

@@ -6,14 +6,10 @@ are held back until they are certain. All pieces together are exactly the text t
 
 from __future__ import annotations
 
-import codecs
 from collections.abc import Sequence
-from typing import TYPE_CHECKING
 
 from athanor.core.errors import RequestError
-
-if TYPE_CHECKING:
-    from athanor.tokenizer.bpe import Tokenizer
+from athanor.tokenizer.vocabulary import Vocabulary
 
 
 def cut(text: str, stop: Sequence[str]) -> tuple[str, bool]:
@@ -34,7 +30,8 @@ class StreamDecoder:
         stopped: a stop text appeared in the content; later tokens are not read.
     """
 
-    def __init__(self, tokenizer: Tokenizer, stop: Sequence[str] = ()) -> None:
+    def __init__(self, tokenizer: Vocabulary, stop: Sequence[str] = (), before: Sequence[int] = ()) -> None:
+        """`before` is what the answer goes on from."""
         if isinstance(stop, str) or not all(isinstance(s, str) and s for s in stop):
             raise RequestError(f"stop ({stop!r}) must be a list of texts, none of them empty: leave it out", param="stop")
         self.stopped = False
@@ -43,15 +40,12 @@ class StreamDecoder:
         self._longest = max(map(len, self._stop), default=0)
         self._ended = False
         self._thinking = False
-        new_decoder = codecs.getincrementaldecoder("utf-8")
-        self._bytes_of_content = new_decoder(errors="replace")
-        self._bytes_of_reasoning = new_decoder(errors="replace")
+        self._of_content, self._of_reasoning = tokenizer.pieces(before), tokenizer.pieces(())
         self._content = ""
         self._reasoning = ""
 
     def push(self, id: int) -> None:
         """Read one token; nothing after a stop text or `<|end|>` is read. Raises TokenizerError for an id out of range."""
-        data = self._tokenizer.token_bytes(id)
         if self.stopped or self._ended:
             return
         if id == self._tokenizer.end_id:
@@ -61,9 +55,9 @@ class StreamDecoder:
         elif id == self._tokenizer.end_think_id:
             self._thinking = False
         elif self._thinking:
-            self._reasoning += self._bytes_of_reasoning.decode(data)
+            self._reasoning += self._of_reasoning.push(id)
         else:
-            self._add_content(self._bytes_of_content.decode(data))
+            self._add_content(self._of_content.push(id))
 
     def take(self) -> tuple[str, str]:
         """New content and new reasoning since the last call, as far as they are certain."""
@@ -75,8 +69,8 @@ class StreamDecoder:
     def finish(self) -> tuple[str, str]:
         """The rest, when no more tokens come: what was held back is given out, half characters as U+FFFD."""
         if not self.stopped:
-            self._add_content(self._bytes_of_content.decode(b"", final=True))
-        self._reasoning += self._bytes_of_reasoning.decode(b"", final=True)
+            self._add_content(self._of_content.finish())
+        self._reasoning += self._of_reasoning.finish()
         content, self._content = self._content, ""
         reasoning, self._reasoning = self._reasoning, ""
         return content, reasoning

@@ -1,0 +1,119 @@
+"""Write a model for other programs: a Hugging Face folder, or a GGUF file for llama.cpp, and read it back (law L7).
+
+athanor export runs/first --to hf --out first-hf
+athanor export runs/first --to gguf --kind q8_0
+"""
+
+from __future__ import annotations
+
+import shutil
+import tempfile
+from contextlib import redirect_stderr
+from dataclasses import dataclass
+from importlib.util import find_spec
+from io import StringIO
+from pathlib import Path
+from typing import Literal
+
+import torch
+
+from athanor.compress import formats
+from athanor.core import io
+from athanor.core.errors import ConfigError, VerificationError
+from athanor.evals import laws
+from athanor.lm import LM, MANIFEST, load
+from athanor.models import _gguf
+
+POSITIONAL = ("path",)
+# Of GGUF files read back, by kind: the largest root mean square difference of logits, as a share of their standard deviation.
+_ALLOWED = {"f32": 1e-3, "f16": 1e-2, "q8_0": 0.1, "q4_0": 1.0}
+
+
+@dataclass(frozen=True)
+class Config:
+    path: Path
+    """A checkpoint folder, or a run folder (its last checkpoint)."""
+    to: Literal["hf", "gguf"]
+    """hf: config.json, safetensors and tokenizer, as transformers and vLLM read them; gguf: one file for llama.cpp."""
+    out: Path | None = None
+    """The new folder or file; by default beside the checkpoint."""
+    checkpoint: str | None = None
+    """Which checkpoint of a run folder: base, sft, rl, int8, int4 ...; by default the run's own choice."""
+    kind: Literal["f32", "f16", "q8_0", "q4_0"] = "f16"
+    """Of the matrices in a GGUF file."""
+
+
+def main(config: Config) -> None:
+    lm = load(config.path, config.checkpoint)
+    assert lm.path is not None, "what was loaded has a path"
+    suffix = f"-{config.kind}.gguf" if config.to == "gguf" else "-hf"
+    out = config.out or lm.path.parent / (lm.path.name + suffix)
+    if out.exists():
+        raise ConfigError(f"out ({out}) exists already: name another, or remove it")
+    (_hugging_face if config.to == "hf" else _to_gguf)(lm, out, config)
+
+
+def _probe(lm: LM) -> list[int]:
+    tokenizer = lm.tokenizer if lm.has_tokenizer else None
+    return laws.sequences(tokenizer, min(lm.config.max_positions, 64), lm.config.vocab_size)[0].ids
+
+
+def _hugging_face(lm: LM, out: Path, config: Config) -> None:
+    with tempfile.TemporaryDirectory(dir=out.parent if out.parent.is_dir() else None) as folder:
+        saved = lm.save(Path(folder, "model"))
+        (saved / MANIFEST).unlink()  # ours alone
+        ids, quantised = _probe(lm), bool(formats.describe(lm.model))
+        exact = lm.model if next(lm.model.parameters()).dtype == torch.float32 else load(saved, dtype=torch.float32).model
+        findings = [
+            laws.same_logits("read back", laws.outputs(lm.model), laws.outputs(load(saved).model), ids, exactly=True),
+            laws.same_in_transformers(exact, saved, quantised, ids),
+        ]
+        for f in findings:
+            if not f.passed:
+                raise VerificationError(
+                    f"{f.compared} differ by {f.value:.3g}, and {f.tolerance:g} is allowed: nothing was written"
+                )
+        out.parent.mkdir(parents=True, exist_ok=True)
+        shutil.move(saved, out)
+    print(f"{out}: {sum(p.stat().st_size for p in out.iterdir() if p.is_file()):,} bytes")
+    for f in findings:
+        print(f"  {f.compared}: {f'skipped, {f.skipped}' if f.skipped else f'{f.value:.2g} apart'}")
+
+
+def _to_gguf(lm: LM, out: Path, config: Config) -> None:
+    if formats.describe(lm.model):
+        raise ConfigError(f"{lm.name} is quantised: export the checkpoint that it was made from, which --kind quantises anew")
+    fields = io.read_json(lm.path / "config.json") if lm.path else {}
+    folder = lm.path if lm.has_tokenizer else None
+    notes = _gguf.write(out, fields, lm.model.to_hf(lm.model.state_dict()).items(), folder, config.kind)
+    found = _read_back(lm, out, config.kind)
+    if isinstance(found, float) and not found <= _ALLOWED[config.kind]:
+        out.unlink()
+        raise VerificationError(
+            f"transformers reads logits from the file that differ by {found:.3g} of their standard deviation, and"
+            f" {_ALLOWED[config.kind]:g} is allowed: the file was removed"
+        )
+    print(f"{out}: {out.stat().st_size:,} bytes")
+    said = found if isinstance(found, str) else f"logits differ by {found:.2g} of their standard deviation"
+    print(f"  read back by transformers: {said}")
+    for note in notes:
+        print(f"  note: {note}")
+
+
+def _read_back(lm: LM, out: Path, kind: str) -> float | str:
+    """How far the file's logits are from the model's, or why they were not compared."""
+    if not find_spec("transformers"):
+        return "skipped, transformers is not installed"
+    from transformers import AutoModelForCausalLM
+    from transformers.utils import logging
+
+    logging.disable_progress_bar()
+    try:
+        with redirect_stderr(StringIO()):  # a progress bar
+            theirs = AutoModelForCausalLM.from_pretrained(out.parent, gguf_file=out.name, dtype=torch.float32).eval()
+    except (ValueError, NotImplementedError, KeyError) as error:
+        return f"skipped, it does not read such files ({str(error).splitlines()[0]:.120})"
+    ids = torch.tensor([_probe(lm)])
+    with torch.inference_mode():
+        ours, others = lm.model(ids).float(), theirs(ids).logits
+    return float((ours - others).square().mean().sqrt() / ours.std())
