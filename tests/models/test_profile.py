@@ -65,7 +65,9 @@ def _pairs(model, time):
 
     def visible(path, module):
         window = module.scoring.window
-        causal = model.kind == "decoder" or (model.kind == "encoder_decoder" and path.startswith("decoder") and "cross" not in path)
+        causal = model.kind == "decoder" or (
+            model.kind == "encoder_decoder" and path.startswith("decoder") and "cross" not in path
+        )
         seen = 0
         for q in range(time):
             for k in range(time):

@@ -19,7 +19,7 @@ from typing import Any
 
 from torch import Tensor, nn
 
-from athanor.models.base import EncoderDecoder, LanguageModel
+from athanor.models.base import CausalLM, EncoderDecoder, LanguageModel
 from athanor.nn.cache import KV, State
 from athanor.nn.moe import MixtureOfExperts
 from athanor.nn.recurrent import Recurrent
@@ -99,7 +99,7 @@ def profile(model: LanguageModel, context: int | None = None) -> Profile:
         parts.append(Part("output (tied)", 1, 0, 2.0 * tied.numel(), ()))
     forward = sum(part.flops for part in parts)
     bytes_ = sum(x.numel() * x.element_size() for x in {id(x): x for x in model.state_dict().values()}.values())
-    layers = model.cache_layers() if hasattr(model, "cache_layers") else []
+    layers = model.cache_layers() if isinstance(model, (CausalLM, EncoderDecoder)) else []
     size = next(model.parameters()).element_size()
     kv = [x for x in layers if isinstance(x, KV)]
     if isinstance(model, EncoderDecoder):
@@ -160,7 +160,7 @@ def _numbers(at: list[int]) -> str:
 
 
 def _new(module: nn.Module, seen: set[int]) -> list[Tensor]:
-    found = [p for p in module.parameters() if id(p) not in seen]
+    found: list[Tensor] = [p for p in module.parameters() if id(p) not in seen]
     seen |= {id(p) for p in found}
     return found
 
@@ -189,7 +189,8 @@ def _flops(model: LanguageModel, module: nn.Module, path: str, context: int) -> 
     if isinstance(module, Router):
         return 2.0 * weight.numel()
     if hasattr(module, "per_pair"):
-        return float(module.per_pair) * _visible(model, module, path, context)
+        per_pair: Any = module.per_pair
+        return float(per_pair) * _visible(model, module, path, context)
     return 0.0
 
 

@@ -13,7 +13,7 @@ from dataclasses import dataclass
 from importlib.util import find_spec
 from io import StringIO
 from pathlib import Path
-from typing import Literal
+from typing import Any, Literal
 
 import torch
 
@@ -55,7 +55,8 @@ def main(config: Config) -> None:
 
 def _probe(lm: LM) -> list[int]:
     tokenizer = lm.tokenizer if lm.has_tokenizer else None
-    return laws.sequences(tokenizer, min(lm.config.max_positions, 64), lm.config.vocab_size)[0].ids
+    probes = laws.sequences(tokenizer, min(lm.config.max_positions, 64), lm.config.vocab_size)
+    return max((s.ids for s in probes), key=len)
 
 
 def _hugging_face(lm: LM, out: Path, config: Config) -> None:
@@ -108,12 +109,18 @@ def _read_back(lm: LM, out: Path, kind: str) -> float | str:
     from transformers.utils import logging
 
     logging.disable_progress_bar()
+    logging.set_verbosity_error()
     try:
         with redirect_stderr(StringIO()):  # a progress bar
-            theirs = AutoModelForCausalLM.from_pretrained(out.parent, gguf_file=out.name, dtype=torch.float32).eval()
+            loaded: Any = AutoModelForCausalLM.from_pretrained(
+                out.parent, gguf_file=out.name, dtype=torch.float32, output_loading_info=True
+            )
     except (ValueError, NotImplementedError, KeyError) as error:
         return f"skipped, it does not read such files ({str(error).splitlines()[0]:.120})"
+    theirs, report = loaded
+    if report["missing_keys"]:  # it goes on with random weights in their place
+        return f"skipped, it finds no place for {len(report['missing_keys'])} tensors of such a file"
     ids = torch.tensor([_probe(lm)])
     with torch.inference_mode():
-        ours, others = lm.model(ids).float(), theirs(ids).logits
+        ours, others = lm.model(ids).float(), theirs.eval()(ids).logits
     return float((ours - others).square().mean().sqrt() / ours.std())

@@ -60,7 +60,7 @@ def main(config: Config) -> None:
         subtitle = f"{model.model_type}, {words.parameters(found.parameters)} parameters, {layers}, width {model.config.d_model}"
         architecture.draw(name, subtitle, found.parts, config.picture)
     if config.json:
-        shape = {k: v for k, v in asdict(model.config).items() if isinstance(v, (int, float, str, bool, type(None)))}
+        shape = {k: v for k, v in vars(model.config).items() if isinstance(v, (int, float, str, bool, type(None)))}
         print(
             json.dumps({"model": name, "family": model.model_type, "kind": model.kind, "config": shape} | asdict(found), indent=1)
         )

@@ -13,7 +13,6 @@ from pathlib import Path
 from typing import Any
 
 import tokenizers
-from tokenizers.decoders import DecodeStream
 
 from athanor.core import io
 from athanor.core.errors import TokenizerError
@@ -26,6 +25,7 @@ _KEPT = (
     *("special_tokens_map.json", "added_tokens.json", "chat_template.jinja", "vocab.json", "merges.txt", "tokenizer.model"),
     *("spiece.model", "sentencepiece.bpe.model"),
 )
+_WINDOW = 8  # tokens: no character has more bytes
 _REMEDY = "copy it again, or save it anew with transformers (AutoTokenizer.from_pretrained(...).save_pretrained(...))"
 
 
@@ -74,6 +74,9 @@ class ForeignTokenizer:
         self._inner.no_truncation()
         self._inner.no_padding()
         self._inner.encode_special_tokens = True
+        unknown = self._inner.token_to_id(getattr(self._inner.model, "unk_token", None) or "<unk>")
+        special = {id for id, token in self._inner.get_added_tokens_decoder().items() if token.special}
+        self._control = frozenset(special - {unknown})
         self.hash: str = hashlib.sha256(canonical).hexdigest()
         self.bos_id = self._named(config, "bos_token")
         self.end_id = self._named(config, "eos_token")
@@ -112,8 +115,7 @@ class ForeignTokenizer:
 
     def encode(self, text: str) -> list[int]:
         """Ids of `text` alone; names of control tokens in it are letters (law L1). Raises TokenizerError for lone surrogates."""
-        ids: list[int] = self._inner.encode(checked(text), add_special_tokens=False).ids
-        return ids
+        return self._as_text(self._inner.encode(checked(text), add_special_tokens=False))[0]
 
     def prompt(self, text: str, pair: str | None = None, *, control: bool = False) -> list[int]:
         """Ids as the model reads them: with what the files put around a text (BOS, [CLS] ... [SEP], an end), or its BOS alone.
@@ -133,7 +135,26 @@ class ForeignTokenizer:
             encoding = self._inner.encode(checked(text), None if pair is None else checked(pair))
         finally:
             self._inner.encode_special_tokens = True
-        return encoding.ids, encoding.type_ids
+        return (encoding.ids, encoding.type_ids) if control else self._as_text(encoding)
+
+    def _as_text(self, encoding: tokenizers.Encoding) -> tuple[list[int], list[int]]:
+        """Ids and segments in which no text is a control token.
+
+        Vocabularies of pieces with scores hold their control tokens among the pieces, so the name of one in a text would be
+        that token: it becomes its letters.
+        """
+        if self._control.isdisjoint(encoding.ids):
+            return encoding.ids, encoding.type_ids
+        ids, segments = list[int](), list[int]()
+        for id, segment, placed in zip(encoding.ids, encoding.type_ids, encoding.special_tokens_mask, strict=True):
+            letters = [id]
+            if id in self._control and not placed:
+                letters = [
+                    token.id for letter in self._inner.id_to_token(id) or "" for token in self._inner.model.tokenize(letter)
+                ]
+            ids += letters
+            segments += [segment] * len(letters)
+        return ids, segments
 
     def decode(self, ids: Iterable[int]) -> str:
         """The text of `ids` without control tokens. Ids beyond the vocabulary, which padded models can give, have none."""
@@ -147,29 +168,37 @@ class ForeignTokenizer:
 
     def pieces(self, before: Sequence[int]) -> _Pieces:
         """A decoder of what comes after `before`: only there it is known whether a text begins, where a space is left out."""
-        return _Pieces(self, self._inner, before)
+        return _Pieces(self, before)
 
 
 class _Pieces:
-    """Pieces by the library's stream."""
+    """Text by difference: what a new token adds to the text of the few before it, once that does not end within a character.
 
-    def __init__(self, tokenizer: ForeignTokenizer, inner: tokenizers.Tokenizer, before: Sequence[int]) -> None:
-        self._tokenizer, self._inner = tokenizer, inner
-        special = {id for id, token in inner.get_added_tokens_decoder().items() if token.special}
-        context = [id for id in before if id not in special and inner.id_to_token(id) is not None]
-        self._stream = DecodeStream(ids=context or None, skip_special_tokens=True)
-        self._waiting: list[int] = []
+    A vocabulary may write a token otherwise at the start of a text than within it, so single tokens cannot be decoded. The
+    library's own stream raises where bytes that are no UTF-8 come in.
+    """
+
+    def __init__(self, tokenizer: ForeignTokenizer, before: Sequence[int]) -> None:
+        self._tokenizer = tokenizer
+        self._known = list(before[-_WINDOW:])
+        self._new: list[int] = []
 
     def push(self, id: int) -> str:
-        if self._inner.id_to_token(id) is None:
+        self._new.append(id)
+        text = self._added()
+        if text.endswith("\ufffd") and len(self._new) < _WINDOW:
             return ""
-        text = self._stream.step(self._inner, id)
-        self._waiting = [*self._waiting, id] if text is None else []
-        return text or ""
+        if text:
+            self._known, self._new = self._new, []
+        return text
 
     def finish(self) -> str:
-        waiting, self._waiting = self._waiting, []
-        return self._tokenizer.decode(waiting)
+        text = self._added()
+        self._known, self._new = self._new or self._known, []
+        return text
+
+    def _added(self) -> str:
+        return self._tokenizer.decode([*self._known, *self._new])[len(self._tokenizer.decode(self._known)) :]
 
 
 def _table(data: bytes, where: str) -> dict[str, Any]:
