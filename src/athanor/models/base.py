@@ -14,6 +14,7 @@ from athanor.core.errors import ConfigError
 from athanor.models.keys import Entry, Fused, entry
 from athanor.nn.cache import KV, Layer
 from athanor.nn.context import Bidirectional, Causal, Context, Memory, WithMemory
+from athanor.nn.linear import linear
 from athanor.nn.loss import linear_cross_entropy, token_logprobs
 
 __all__ = ["CausalLM", "Encoder", "EncoderDecoder", "Fused", "LanguageModel", "ModelConfig", "TokenIds"]
@@ -96,9 +97,13 @@ class LanguageModel(nn.Module):
         `holds` says whether the file has a tensor of that name. Called before anything has a device.
         """
         if architecture.endswith("Model") and not architecture.endswith("LMHeadModel"):
-            self.task = "none"
-            for name in self.lm_modules:
-                setattr(self, name, None)
+            self.behead()
+
+    def behead(self) -> None:
+        """Drop what only the model's own logits need."""
+        self.task = "none"
+        for name in self.lm_modules:
+            setattr(self, name, None)
 
     def hidden(self, ids: Tensor, ctx: Context) -> Tensor:
         """Final hidden states, normalised: ids (B, T) int64 -> (B, T, D)."""
@@ -130,7 +135,7 @@ class LanguageModel(nn.Module):
                 f"this {self.model_type} was saved without its language-model head (its task is {self.task!r}), so it has no"
                 " logits of tokens: use `hidden` or `embed`, or a checkpoint of the whole model"
             )
-        out = nn.functional.linear(self.to_output(hidden), self.output_weight, self.output_bias)
+        out = linear(self.to_output(hidden), self.output_weight, self.output_bias)
         cap = self.output_softcap
         return out if cap is None else (out / cap).tanh_() * cap
 

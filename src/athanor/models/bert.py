@@ -20,6 +20,7 @@ from athanor.models.keys import Entry, Fused
 from athanor.nn.attention import Attention
 from athanor.nn.context import Context
 from athanor.nn.feedforward import ACTIVATIONS, FeedForward
+from athanor.nn.linear import Linear
 
 
 @dataclass(frozen=True)
@@ -131,7 +132,7 @@ class MaskedTokens(nn.Module):
 
     def __init__(self, config: Config, activation: str) -> None:
         super().__init__()
-        self.dense = nn.Linear(config.d_model, config.d_model)
+        self.dense = Linear(config.d_model, config.d_model)
         self.norm = nn.LayerNorm(config.d_model, config.norm_eps)
         self.bias = nn.Parameter(torch.zeros(config.vocab_size))
         self.activation = ACTIVATIONS[activation]

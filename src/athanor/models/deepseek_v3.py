@@ -24,6 +24,7 @@ from athanor.nn.cache import KV
 from athanor.nn.context import Context
 from athanor.nn.feedforward import GatedFeedForward
 from athanor.nn.latent import LatentAttention
+from athanor.nn.linear import Linear
 from athanor.nn.norms import RMSNorm
 from athanor.nn.rope import YarnRope
 
@@ -196,7 +197,7 @@ class _Ahead(nn.Module):
         c = model.config
         self.token_norm = RMSNorm(c.d_model, c.norm_eps)
         self.hidden_norm = RMSNorm(c.d_model, c.norm_eps)
-        self.project = nn.Linear(2 * c.d_model, c.d_model, bias=False)
+        self.project = Linear(2 * c.d_model, c.d_model, bias=False)
         self.block = model.block(layer)
         self.norm = RMSNorm(c.d_model, c.norm_eps)
 

@@ -21,6 +21,7 @@ from athanor.models.keys import Entry, Fused
 from athanor.nn.attention import Attention
 from athanor.nn.context import Context, Sequences
 from athanor.nn.landmarks import WithLandmarks, first_tokens
+from athanor.nn.linear import Linear
 from athanor.nn.sdpa import Scoring
 
 
@@ -72,8 +73,8 @@ class LongAttention(Attention):
         d, h = config.d_model, config.n_heads
         scoring = Scoring(window=window // 2)
         super().__init__(d, h, h, config.head_dim, bias=True, out_bias=True, scoring=scoring)
-        self.query_global = nn.Linear(d, d)
-        self.kv_global = nn.Linear(d, 2 * d)
+        self.query_global = Linear(d, d)
+        self.kv_global = Linear(d, 2 * d)
 
     def forward(  # (B, T, D) -> (B, T, D)
         self, x: Tensor, ctx: Context, layer: int, turn: Any = None, scoring: Scoring | None = None

@@ -6,6 +6,7 @@ import torch
 from torch import Tensor, nn
 
 from athanor.nn.context import Context
+from athanor.nn.linear import Linear
 from athanor.nn.norms import RMSNorm, rms_norm
 from athanor.nn.positions import rotate
 from athanor.nn.sdpa import PLAIN, Scoring
@@ -45,8 +46,8 @@ class Attention(nn.Module):
         self.n_heads, self.n_kv_heads, self.head_dim = n_heads, n_kv_heads, head_dim
         self.per_pair = 4 * n_heads * head_dim  # FLOPs of one query with one key and its value
         self.scoring = scoring
-        self.qkv = nn.Linear(dim, (n_heads + 2 * n_kv_heads) * head_dim, bias=bias)
-        self.out = nn.Linear(n_heads * head_dim, dim, bias=out_bias)
+        self.qkv = Linear(dim, (n_heads + 2 * n_kv_heads) * head_dim, bias=bias)
+        self.out = Linear(n_heads * head_dim, dim, bias=out_bias)
         self.query_norm = None if qk_norm is None else RMSNorm(head_dim, qk_norm, qk_offset)
         self.key_norm = None if qk_norm is None else RMSNorm(head_dim, qk_norm, qk_offset)
 
@@ -81,9 +82,9 @@ class CrossAttention(nn.Module):
         self.n_heads, self.head_dim = n_heads, head_dim
         self.per_pair = 4 * n_heads * head_dim  # FLOPs of one query with one key and its value
         self.scoring = scoring
-        self.query = nn.Linear(dim, n_heads * head_dim, bias=bias)
-        self.kv = nn.Linear(dim, 2 * n_heads * head_dim, bias=bias)
-        self.out = nn.Linear(n_heads * head_dim, dim, bias=bias)
+        self.query = Linear(dim, n_heads * head_dim, bias=bias)
+        self.kv = Linear(dim, 2 * n_heads * head_dim, bias=bias)
+        self.out = Linear(n_heads * head_dim, dim, bias=bias)
 
     def project(self, memory: Tensor) -> tuple[Tensor, Tensor]:
         """Keys and values (B, S, H, K) of the memory (B, S, D)."""

@@ -13,6 +13,7 @@ from torch import Tensor, nn
 from athanor.nn.attention import Turn
 from athanor.nn.cache import KV
 from athanor.nn.context import Context
+from athanor.nn.linear import Linear
 from athanor.nn.norms import RMSNorm
 from athanor.nn.positions import rotate
 from athanor.nn.sdpa import Scoring
@@ -61,12 +62,12 @@ class LatentAttention(nn.Module):
         self.per_pair = 2 * n_heads * (rope_dim + nope_dim + value_dim)  # FLOPs of one query with one key and its value
         self.scoring = Scoring(scale=sharpness / math.sqrt(rope_dim + nope_dim))
         # Of x: the latent of queries, that of keys and values, what is turned.
-        self.latent = nn.Linear(dim, (query_rank or 0) + latent_rank + rope_dim, bias=bias)
+        self.latent = Linear(dim, (query_rank or 0) + latent_rank + rope_dim, bias=bias)
         self.query_norm = None if query_rank is None else RMSNorm(query_rank, _EPS)
-        self.query = nn.Linear(query_rank or dim, n_heads * (rope_dim + nope_dim), bias=False)
+        self.query = Linear(query_rank or dim, n_heads * (rope_dim + nope_dim), bias=False)
         self.latent_norm = RMSNorm(latent_rank, _EPS)
-        self.key_value = nn.Linear(latent_rank, n_heads * (nope_dim + value_dim), bias=False)
-        self.out = nn.Linear(n_heads * value_dim, dim, bias=bias)
+        self.key_value = Linear(latent_rank, n_heads * (nope_dim + value_dim), bias=False)
+        self.out = Linear(n_heads * value_dim, dim, bias=bias)
 
     def cache_layer(self) -> KV:
         """What a cache keeps of a token: C + R numbers."""
@@ -99,8 +100,8 @@ class LatentAttention(nn.Module):
         return torch.matmul(found.reshape(b * t, h, -1).transpose(0, 1), to_value.mT).transpose(0, 1)
 
     def _matrix(self) -> Tensor:
-        """(H (P + V), C), also of a layer that stands in the place of nn.Linear (quantised, adapted)."""
-        if type(self.key_value) is nn.Linear:
+        """(H (P + V), C), also of a layer that stands in the place of Linear (quantised, adapted)."""
+        if type(self.key_value) is Linear:
             return self.key_value.weight
         one = torch.eye(self.latent_rank, dtype=self.latent_norm.weight.dtype, device=self.latent_norm.weight.device)
         matrix: Tensor = self.key_value(one)

@@ -8,6 +8,7 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
+from athanor.nn.linear import multiply
 from athanor.nn.norms import compute_dtype
 
 _CHUNK_ELEMENTS = 1 << 22  # logits in flight: 16 MiB of float32, small enough to stay near the cache
@@ -36,7 +37,7 @@ class _Output(NamedTuple):
 
     def logits(self, h: Tensor, n: int) -> Tensor:
         """float32, of the first n rows."""
-        z = torch.mm(h, self.weight.t())[:n].float()
+        z = multiply(h, self.weight)[:n].float()
         if self.bias is not None:
             z += self.bias
         return z if self.softcap is None else z.div_(self.softcap).tanh_().mul_(self.softcap)
@@ -84,7 +85,7 @@ class _LinearCrossEntropy(torch.autograd.Function):
                     d_bias += grad32.sum(0)
                 grad = _level(grad32.to(dtype))
             if d_hidden is not None:
-                d_hidden[at] = torch.mm(grad, out.weight)[: len(y)]
+                d_hidden[at] = multiply(grad, out.weight.t())[: len(y)]
             if d_weight is not None:
                 d_weight += torch.mm(grad.t(), h)
         ctx.save_for_backward(d_hidden, d_weight, d_bias)
@@ -180,7 +181,7 @@ class _TokenLogProbs(torch.autograd.Function):
             if d_bias is not None:
                 d_bias += grad32.sum(0)
             grad = _level(grad32.to(dtype))
-            d_hidden[at] = torch.mm(grad, out.weight)[: len(y)]
+            d_hidden[at] = multiply(grad, out.weight.t())[: len(y)]
             d_weight += torch.mm(grad.t(), h)
         d_bias = None if d_bias is None else d_bias.to(bias.dtype)
         return d_hidden, d_weight.to(weight.dtype), None, None, d_bias, None, None

@@ -1,0 +1,113 @@
+"""Products of matrices against PyTorch's, where oneDNN is asked and where it is not."""
+
+import pytest
+import torch
+import torch.nn.functional as F
+from hypothesis import given
+from hypothesis import strategies as st
+from torch.func import functional_call
+
+from athanor.nn import linear as module
+from athanor.nn.linear import Linear, linear
+
+here = pytest.mark.skipif(module._POINTWISE is None, reason="this PyTorch has no oneDNN, or this is no x86")
+
+
+@pytest.fixture
+def asked(monkeypatch):
+    """How many products oneDNN was asked for."""
+    calls = []
+    true = module._multiply
+    monkeypatch.setattr(module, "_multiply", lambda *a: calls.append(a) or true(*a))
+    return calls
+
+
+@given(
+    shape=st.sampled_from([(64,), (128,), (2, 32), (1, 64), (4, 48), (63,), (65,), (1,), (2, 3, 64), (0,)]),
+    inner=st.integers(1, 40),
+    outer=st.integers(1, 40),
+    bias=st.booleans(),
+    twisted=st.booleans(),
+)
+def test_values_and_gradients_are_pytorchs(shape, inner, outer, bias, twisted):
+    torch.manual_seed(inner * 41 + outer)
+    x = torch.randn(*shape, inner)
+    if twisted:  # not contiguous
+        x = torch.randn(inner, *shape).movedim(0, -1)
+    given_ = [x, torch.randn(outer, inner), torch.randn(outer) if bias else None]
+    mine, theirs = ([None if t is None else t.clone().requires_grad_() for t in given_] for _ in range(2))
+    out, expected = linear(*mine), F.linear(*theirs)
+    upstream = torch.randn_like(expected)
+    assert out.shape == expected.shape
+    assert torch.allclose(out, expected, atol=1e-4, rtol=1e-5)
+    out.backward(upstream)
+    expected.backward(upstream)
+    for a, b in zip(mine, theirs, strict=True):
+        assert a is None or torch.allclose(a.grad, b.grad, atol=1e-3, rtol=1e-5)
+
+
+@here
+def test_who_is_asked(asked):
+    layer = Linear(8, 4)
+    layer(torch.randn(64, 8))
+    assert len(asked) == 1
+    with torch.no_grad():
+        layer(torch.randn(2, 64, 8))
+    assert len(asked) == 2
+    layer(torch.randn(63, 8))  # rows that come once
+    layer.bfloat16()(torch.randn(64, 8).bfloat16())
+    layer.double()(torch.randn(64, 8).double())
+    with torch.autocast("cpu", dtype=torch.bfloat16):
+        assert layer.float()(torch.randn(64, 8)).dtype == torch.bfloat16
+    assert len(asked) == 2
+
+
+@here
+def test_only_what_needs_a_gradient_is_computed(asked):
+    weight = torch.randn(4, 8)
+    x = torch.randn(64, 8, requires_grad=True)
+    linear(x, weight).sum().backward()
+    assert len(asked) == 2 and x.grad is not None  # forward, and the gradient of x
+    asked.clear()
+    linear(x.detach(), weight.requires_grad_()).sum().backward()
+    assert len(asked) == 1 and weight.grad is not None
+
+
+@here
+def test_a_second_derivative_is_refused_and_never_wrong():
+    x, weight = torch.randn(64, 8, requires_grad=True), torch.randn(4, 8, requires_grad=True)
+    (grad,) = torch.autograd.grad(linear(x, weight).square().sum(), x, create_graph=True)
+    with pytest.raises(RuntimeError, match="once_differentiable"):
+        grad.sum().backward()
+
+
+def test_without_onednn(monkeypatch):
+    monkeypatch.setattr(module, "_POINTWISE", None)
+    layer, x = Linear(8, 4), torch.randn(64, 8)
+    assert torch.equal(layer(x), F.linear(x, layer.weight, layer.bias))
+
+
+def test_it_is_found_or_not(monkeypatch):
+    monkeypatch.setattr(module.platform, "machine", lambda: "aarch64")
+    assert module._find() is None
+    monkeypatch.undo()
+    monkeypatch.setattr(torch.backends.mkldnn, "is_available", lambda: False)
+    assert module._find() is None
+
+
+def test_weights_may_be_given_from_outside():
+    layer, x = Linear(8, 4, bias=False), torch.randn(64, 8)
+    other = torch.randn(4, 8)
+    assert torch.allclose(functional_call(layer, {"weight": other}, x), x @ other.t(), atol=1e-5)
+
+
+@here
+def test_the_same_product_gives_the_same_bits():
+    x, weight = torch.randn(256, 96), torch.randn(200, 96)
+    assert all(torch.equal(linear(x, weight), linear(x, weight)) for _ in range(5))
+
+
+def test_compiled_models_see_pytorchs_product(asked):
+    layer = torch.compile(Linear(8, 4), backend="eager", fullgraph=True)
+    layer(torch.randn(64, 8))
+    assert not asked
