@@ -12,6 +12,7 @@ import athanor
 from athanor.core.errors import CheckpointError, ConfigError, RequestError
 from athanor.lm import LM
 from athanor.models._sentence import Pooling
+from athanor.models.heads import attach
 from athanor.nn.context import Bidirectional, Packed
 from tests.models.reference import config_of, theirs_of
 from tests.tokenizer.test_foreign import byte_level, sentence_piece, unigram, word_pieces
@@ -110,7 +111,7 @@ def test_encoders_have_logits_and_vectors_and_no_text(tmp_path):
         assert torch.allclose(lm.hidden(ids), theirs.bert(ids).last_hidden_state, atol=1e-5, rtol=0)
     with pytest.raises(ConfigError, match=r"\(bert\) is an encoder and generates no text: use `logits` or `embed`"):
         lm.generate("the heat")
-    with pytest.raises(ConfigError, match=r"is of the kind 'encoder', and this is done with decoders: take one"):
+    with pytest.raises(ConfigError, match=r"of the kind 'encoder' with the task 'lm', and this is done with decoders that"):
         _ = lm.decoder
     with pytest.raises(ConfigError, match="bert has no decoder of its own: leave decoder_input_ids out"):
         lm.logits(ids, ids)
@@ -148,6 +149,25 @@ def test_decoders_and_encoder_decoders_have_vectors_too(tmp_path):
         hidden = lm.hidden(ids)[0]
         vector = hidden[-1] if case[0] == "llama" else hidden.mean(0)
         assert torch.allclose(lm.embed("the heat")[0], vector / vector.norm(), atol=1e-5, rtol=0)
+
+
+def test_a_model_with_a_head_has_its_logits_and_its_trunks_vectors(tmp_path):
+    for case, tokenizer in ((("llama", "tiny"), byte_level), (("bert", "tiny"), word_pieces), (("t5", "tiny"), unigram)):
+        folder = tmp_path / case[0]
+        made(case, folder, tokenizer, eos_token_id=1, decoder_start_token_id=0)
+        lm = athanor.load(folder)
+        vector = lm.embed("the heat", pooling="mean")
+        ids = torch.tensor([lm.prompt_ids("the heat")])
+        hidden = lm.hidden(ids)
+        headed = LM(attach(lm.model, "sequence", ["no", "yes", "both"], generator=torch.Generator().manual_seed(0)), lm.tokenizer)
+        again = athanor.load(headed.save(folder / "headed"))
+        assert again.model.task == "sequence" and again.model.head.labels.names == ("no", "yes", "both")
+        assert torch.equal(again.embed("the heat", pooling="mean"), vector) and torch.equal(again.hidden(ids), hidden)
+        assert again.logits(ids).shape == (1, 3) and torch.equal(again.logits(ids), headed.logits(ids))
+        with pytest.raises(ConfigError, match=r"generates no text: use `logits` or `embed`"):
+            again.generate("the heat")
+        with pytest.raises(ConfigError, match="with the task 'sequence', and this is done with decoders that generate: take one"):
+            _ = again.decoder
 
 
 def test_many_texts_of_all_lengths_keep_their_order(tmp_path):

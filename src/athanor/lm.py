@@ -17,7 +17,7 @@ from athanor.core.device import Precision
 from athanor.core.errors import CheckpointError, ConfigError, nearest
 from athanor.infer.beam import Beams, beam_search
 from athanor.infer.engine import Engine
-from athanor.models import _sentence
+from athanor.models import _sentence, heads
 from athanor.models import io as models
 from athanor.models._sentence import HOW, How, Pooling
 from athanor.models.base import CausalLM, EncoderDecoder, LanguageModel, TokenIds
@@ -84,7 +84,8 @@ class LM:
         if isinstance(self.model, CausalLM):
             return self.model
         raise ConfigError(
-            f"{self.name} ({self.model.model_type}) is of the kind {self.model.kind!r}, and this is done with decoders: take one"
+            f"{self.name} ({self.model.model_type}) is of the kind {self.model.kind!r} with the task {self.model.task!r}, and"
+            " this is done with decoders that generate: take one"
         )
 
     @property
@@ -270,9 +271,7 @@ class LM:
         device = self.model.device
         lengths = torch.tensor([len(row) for row in rows], device=device)
         ids = torch.tensor([[id for row in rows for id in row]], device=device)
-        ctx = Packed(lengths, causal=self.model.kind == "decoder")
-        encoded = self.model.encode(ids, ctx) if isinstance(self.model, EncoderDecoder) else self.model.hidden(ids, ctx)
-        return how(encoded, ctx).cpu()
+        return heads.embed(self.model, ids, Packed(lengths, causal=self.model.kind == "decoder"), how).cpu()
 
     def hidden(self, ids: Tensor | Sequence[Sequence[int]]) -> Tensor:
         """Final hidden states of whole sequences (of an encoder-decoder, its encoder's): ids (B, T) -> (B, T, D) float32."""
@@ -282,7 +281,8 @@ class LM:
                 lengths = torch.full((given.shape[0],), given.shape[1], device=given.device)
                 return self.model.hidden(given.reshape(1, -1), Packed(lengths)).view(*given.shape, -1).float()
             ctx = Bidirectional(given.shape[0], given.shape[1], given.device)
-            return (self.model.encode if isinstance(self.model, EncoderDecoder) else self.model.hidden)(given, ctx).float()
+            trunk = self.model.trunk if isinstance(self.model, heads.Headed) else self.model
+            return (trunk.encode if isinstance(trunk, EncoderDecoder) else trunk.hidden)(given, ctx).float()
 
     def save(self, path: str | Path, **lineage: Any) -> Path:
         """Write a Hugging Face style folder (atomically) and the manifest with the lineage; returns the path."""

@@ -14,6 +14,7 @@ from torch import Tensor
 from athanor.core import io, plugins
 from athanor.core.errors import CheckpointError, ConfigError, PluginError, nearest
 from athanor.core.weights import Weights, open_weights, save_sharded
+from athanor.models import heads
 from athanor.models.base import LanguageModel, TokenIds
 from athanor.models.keys import entry
 
@@ -183,6 +184,11 @@ def _open(
         raise CheckpointError(f"{folder}/config.json: {error}") from error
     model: LanguageModel = build(fields["model_type"], _config(module, fields, folder))
     model.token_ids, model.fields = _token_ids(fields | _generation(folder)), fields
+    try:
+        with torch.device("meta"):
+            model = heads.named(model, fields)
+    except CheckpointError as error:
+        raise CheckpointError(f"{folder}/{error}") from error
     weights = open_weights(folder, pickled=pickled)
     names = _Names(model, weights, folder)
     with torch.device("meta"):
