@@ -151,6 +151,10 @@ class LanguageModel(nn.Module):
             self.to_output(hidden), self.output_weight, targets, temperature, self.output_bias, self.output_softcap
         )  # fmt: skip
 
+    def router_loss(self) -> Tensor | None:
+        """What training adds to the mean loss of the last forward pass, so that experts are kept busy; None without experts."""
+        return None
+
     def keys(self) -> Mapping[str, str | Entry]:
         """Our modules that hold tensors -> where these lie in a Hugging Face file (`keys.py`)."""
         raise NotImplementedError  # every architecture defines it

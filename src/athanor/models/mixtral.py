@@ -6,7 +6,7 @@ from collections.abc import Mapping
 from dataclasses import dataclass, replace
 from typing import Any
 
-from torch import nn
+from torch import Tensor, nn
 
 from athanor.core.errors import ConfigError
 from athanor.models import decoder
@@ -19,12 +19,14 @@ from athanor.nn import moe
 class Config(decoder.Windowed):
     """Shape of a Mixtral: what every decoder with a window has (`decoder.Windowed`; d_ff is F of one expert), and
 
-    n_experts  experts of a layer
-    top_k      how many of them compute a token
+    n_experts     experts of a layer
+    top_k         how many of them compute a token
+    balance_loss  how much the loss that keeps experts equally busy counts for in training
     """
 
     n_experts: int = 8
     top_k: int = 2
+    balance_loss: float = 0.001
 
     def __post_init__(self) -> None:
         super().__post_init__()
@@ -32,7 +34,15 @@ class Config(decoder.Windowed):
 
     def to_hf(self) -> dict[str, Any]:
         own = {"architectures": ["MixtralForCausalLM"], "model_type": "mixtral", "sliding_window": self.window}
-        return super().to_hf() | own | {"num_local_experts": self.n_experts, "num_experts_per_tok": self.top_k}
+        return (
+            super().to_hf()
+            | own
+            | {
+                "num_local_experts": self.n_experts,
+                "num_experts_per_tok": self.top_k,
+                "router_aux_loss_coef": self.balance_loss,
+            }
+        )
 
     @classmethod
     def from_hf(cls, values: Mapping[str, Any]) -> Config:
@@ -46,6 +56,7 @@ class Config(decoder.Windowed):
             window=fields.int("sliding_window", None),
             n_experts=fields.int("num_local_experts", 8),
             top_k=fields.int("num_experts_per_tok", 2),
+            balance_loss=fields.float("router_aux_loss_coef", 0.001),
         )
 
 
@@ -76,7 +87,7 @@ PRESETS = {
     "tiny": _TINY,
     "tiny-window": replace(_TINY, tied=True, window=5, n_experts=3, top_k=3, n_kv_heads=4),
     "tiny-top1": replace(_TINY, n_experts=8, top_k=1, head_dim=16),
-    "mixtral-8x7b": Config(32000, 4096, 32, 32, 8, 14336, 32768, 1_000_000.0, tied=False),
+    "mixtral-8x7b": Config(32000, 4096, 32, 32, 8, 14336, 32768, 1_000_000.0, tied=False, balance_loss=0.02),
     "mixtral-8x22b": Config(32000, 6144, 56, 48, 8, 16384, 65536, 1_000_000.0, tied=False),
 }
 
@@ -91,6 +102,10 @@ class Model(decoder.Decoder):
         c = self.config
         router = moe.SoftmaxRouter(c.d_model, c.n_experts, c.top_k, normalise=True)
         return moe.MixtureOfExperts(router, moe.Experts(c.n_experts, c.d_model, c.d_ff))
+
+    def router_loss(self) -> Tensor:
+        """balance_loss times the load-balance loss of all layers. Raises ConfigError before a forward pass."""
+        return self.config.balance_loss * moe.aux_losses(self)["load_balance"]
 
     def block_keys(self, layer: int, ours: str, theirs: str) -> dict[str, str | Entry]:
         c = self.config

@@ -6,7 +6,7 @@ from collections.abc import Mapping
 from dataclasses import dataclass, replace
 from typing import Any
 
-from torch import nn
+from torch import Tensor, nn
 
 from athanor.core.errors import CheckpointError, ConfigError
 from athanor.models import decoder
@@ -31,6 +31,7 @@ class Config(decoder.Windowed):
     normalise       whether the weights of a token's experts sum to one
     sparse_step     of so many layers the last has experts
     dense_layers    layers that have none all the same
+    balance_loss    how much the loss that keeps experts equally busy counts for in training
     """
 
     attention_bias: bool = False
@@ -40,6 +41,7 @@ class Config(decoder.Windowed):
     normalise: bool = False
     sparse_step: int = 1
     dense_layers: tuple[int, ...] = ()
+    balance_loss: float = 0.001
 
     def __post_init__(self) -> None:
         super().__post_init__()
@@ -70,6 +72,7 @@ class Config(decoder.Windowed):
             "norm_topk_prob": self.normalise,
             "decoder_sparse_step": self.sparse_step,
             "mlp_only_layers": list(self.dense_layers),
+            "router_aux_loss_coef": self.balance_loss,
         }
         return super().to_hf() | own
 
@@ -91,6 +94,7 @@ class Config(decoder.Windowed):
             normalise=fields.bool("norm_topk_prob", False),
             sparse_step=fields.int("decoder_sparse_step", 1),
             dense_layers=tuple(dense),
+            balance_loss=fields.float("router_aux_loss_coef", 0.001),
         )
 
 
@@ -128,6 +132,12 @@ class Model(decoder.Decoder):
             return GatedFeedForward(c.d_model, c.d_ff)
         router = moe.SoftmaxRouter(c.d_model, c.n_experts, c.top_k, normalise=c.normalise)
         return moe.MixtureOfExperts(router, moe.Experts(c.n_experts, c.d_model, c.d_expert))
+
+    def router_loss(self) -> Tensor | None:
+        """balance_loss times the load-balance loss of all layers with experts. Raises ConfigError before a forward pass."""
+        if not any(map(self.config.sparse, range(self.config.n_layers))):
+            return None
+        return self.config.balance_loss * moe.aux_losses(self)["load_balance"]
 
     def block_keys(self, layer: int, ours: str, theirs: str) -> dict[str, str | Entry]:
         c = self.config

@@ -38,6 +38,7 @@ __all__ = [
     "SigmoidRouter",
     "SoftmaxRouter",
     "Usage",
+    "after_step",
     "aux_losses",
     "balance",
     "check_groups",
@@ -180,6 +181,27 @@ def usage(model: nn.Module) -> Usage:
     for m in layers:
         m.reset()
     return found
+
+
+def after_step(model: nn.Module) -> dict[str, float]:
+    """What a training loop does after an update: biases of routers move (`balance`), and what experts did is told.
+
+    Returns:
+        {} for a model without mixtures; else, of all its layers, `expert_load_max` and `expert_load_min`, the greatest and the
+        smallest load of an expert as a share of the mean load, and `experts_dropped`, the share of choices over capacity.
+    """
+    layers = [m for m in model.modules() if isinstance(m, MixtureOfExperts)]
+    if not layers:
+        return {}
+    found = balance(model) if any(isinstance(m.router, SigmoidRouter) for m in layers) else usage(model)
+    load = found.load.double()
+    share = load / load.mean(1, keepdim=True).clamp(min=1)
+    dropped = found.dropped.sum() / load.sum().clamp(min=1)
+    return {
+        "expert_load_max": float(share.max()),
+        "expert_load_min": float(share.min()),
+        "experts_dropped": float(dropped),
+    }
 
 
 @torch.no_grad()

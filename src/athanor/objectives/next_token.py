@@ -13,8 +13,12 @@ from athanor.types import IGNORE, Batch
 def loss(model: CausalLM, batch: Batch) -> tuple[Tensor, int, dict[str, Tensor]]:
     """Sum over supervised positions of -log p(label | what came before it in its own sequence), in nats.
 
+    While a mixture of experts is trained, count times its `router_loss` is added, so that it counts for as much as the mean.
+    It is no sum over tokens: accumulated is whole (law L3) but for it.
+
     Returns:
-        (sum, count, metrics): `correct` in metrics is how many labels were the model's first choice.
+        (sum, count, metrics): `correct` in metrics is how many labels were the model's first choice, `router_loss` what was
+        added.
 
     Raises:
         NoTargetsError: nothing in the batch is supervised.
@@ -29,4 +33,9 @@ def loss(model: CausalLM, batch: Batch) -> tuple[Tensor, int, dict[str, Tensor]]
     if at.numel() < batch.labels.numel():
         hidden = hidden.index_select(0, at)
     total, correct = model.cross_entropy(hidden, batch.labels[at])
-    return total, at.numel(), {"correct": correct}
+    metrics = {"correct": correct}
+    added = model.router_loss() if model.training else None
+    if added is not None:
+        total = total + added * at.numel()
+        metrics["router_loss"] = added.detach() * at.numel()
+    return total, at.numel(), metrics

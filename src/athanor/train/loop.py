@@ -15,6 +15,7 @@ from athanor.core.device import Precision
 from athanor.core.errors import NonFiniteLossError
 from athanor.core.track import Tracker
 from athanor.models.base import CausalLM
+from athanor.nn.moe import after_step
 from athanor.optim.schedules import Schedule
 from athanor.train.state import Progress, StateStore
 from athanor.train.step import Objective, train_step
@@ -92,6 +93,7 @@ def fit(
                 record |= hook.fn(step + 1)
         record |= {
             **result.metrics,
+            **after_step(model),
             "grad_norm": result.grad_norm,
             "lr": factor * optimizers[0].param_groups[0]["base_lr"],
             "targets": result.count,
