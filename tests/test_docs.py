@@ -25,16 +25,19 @@ from athanor.align.outcome import Outcome
 from athanor.core import plugins
 from athanor.core.errors import NoTargetsError
 from athanor.evals import lessons, skill
+from athanor.models import io as models
 from athanor.report.data import validate
 from athanor.serve.app import create_app
 from athanor.train import plan as planning
 from athanor.types import IGNORE, Batch, Message
+from tests.test_families import byte_level, made
 
 ROOT = Path(__file__).resolve().parents[1]
 SOURCE = ROOT / "src" / "athanor"
 README, README_ZH, CONTRIBUTING = ROOT / "README.md", ROOT / "README.zh-CN.md", ROOT / "CONTRIBUTING.md"
 LIFE, LIFE_ZH = ROOT / "docs" / "life.md", ROOT / "docs" / "life.zh-CN.md"
-PAIRS = [(README, README_ZH), (LIFE, LIFE_ZH)]
+MODELS, MODELS_ZH = ROOT / "docs" / "models.md", ROOT / "docs" / "models.zh-CN.md"
+PAIRS = [(README, README_ZH), (LIFE, LIFE_ZH), (MODELS, MODELS_ZH)]
 # Decisions and the log are records: what they name may be gone, but their links must work.
 RECORDS = [ROOT / "docs" / "log.md", *sorted((ROOT / "docs" / "adr").glob("*.md"))]
 LIVING = [README, README_ZH, CONTRIBUTING, *(p for p in sorted((ROOT / "docs").glob("*.md")) if p not in RECORDS)]
@@ -196,7 +199,7 @@ def test_the_report_shown_fits_the_schema(page):
 # Two languages.
 
 
-@pytest.mark.parametrize(("page", "other"), PAIRS, ids=["README", "life"])
+@pytest.mark.parametrize(("page", "other"), PAIRS, ids=["README", "life", "models"])
 def test_both_languages_have_the_same_sections_code_and_tables(page, other):
     assert [level for level, _ in headings(page)] == [level for level, _ in headings(other)]
     assert blocks(page) == blocks(other)
@@ -229,7 +232,7 @@ def python(page, word):
 
 def test_the_python_example_of_the_readme(first, capsys):
     names = {}
-    exec(python(README, "import athanor\n"), names)
+    exec(python(README, 'load("runs/first")'), names)
     assert names["lm"].path == first.path
     assert names["logits"].shape[0] == 1 and names["logits"].dtype == torch.float32
     assert capsys.readouterr().out
@@ -237,6 +240,9 @@ def test_the_python_example_of_the_readme(first, capsys):
     ids = [names["lm"].tokenizer.encode("import os")]
     torch.testing.assert_close(names["model"](torch.tensor(ids)).logits, names["logits"], atol=1e-4, rtol=0)
     assert names["tokenizer"].encode("import os") == ids[0]
+    made(("qwen3", "tiny"), Path("runs", "qwen"), byte_level)
+    exec(python(README, "runs/qwen"), names)
+    assert names["vectors"].shape == (2, 32)
 
 
 @contextlib.contextmanager
@@ -273,6 +279,26 @@ def test_the_server_examples_of_the_readme(first, capsys):
         names["client"].close()
     question = re.search(r'"content": "(.+)"', code)[1]
     assert capsys.readouterr().out == first.generate([{"role": "user", "content": question}], temperature=0.0)
+
+
+def test_the_examples_of_the_page_on_models(tmp_path, monkeypatch, capsys):
+    made(("gpt2", "tiny"), tmp_path / "runs" / "gpt2", byte_level)
+    monkeypatch.chdir(tmp_path)
+    names = {}
+    for word in ("import athanor\n", "import attach"):
+        exec(python(MODELS, word), names)
+    assert names["vectors"].shape == (2, 32) and names["logits"].shape[2] == 320 and names["count"] == 1
+    assert capsys.readouterr().out
+
+
+@pytest.mark.parametrize("page", [MODELS, MODELS_ZH], ids=by_name)
+def test_every_family_is_in_the_table(page):
+    shown = [cells for cells in rows(page) if cells[0].strip("`") in plugins.names("models")]
+    assert {cells[0].strip("`") for cells in shown} == set(plugins.names("models"))
+    for family, _, types, _ in shown:
+        module = plugins.load("models", family.strip("`"))
+        told = {t.strip() for t in types.split(",")}
+        assert told >= set(getattr(module, "MODEL_TYPES", ())) and all(models.architecture(t) is module for t in told), family
 
 
 # Files of CONTRIBUTING.md.

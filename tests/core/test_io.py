@@ -283,6 +283,12 @@ def test_the_header_holds_the_metadata_in_a_fixed_order(tmp_path):
     assert torch.equal(io.load_tensors(tmp_path / "x")["a"], TENSORS["a"])
 
 
+def test_a_file_of_tensors_may_be_read_by_whom_other_files_may_be(tmp_path):
+    (tmp_path / "plain").touch()
+    io.save_tensors(tmp_path / "x", TENSORS)
+    assert (tmp_path / "x").stat().st_mode == (tmp_path / "plain").stat().st_mode
+
+
 def test_empty_and_scalar_tensors(tmp_path):
     io.save_tensors(tmp_path / "x", {"none": torch.empty(0, 3), "one": torch.tensor(2.5)})
     loaded = io.load_tensors(tmp_path / "x")

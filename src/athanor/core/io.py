@@ -184,9 +184,12 @@ def save_tensors(path: PathLike, tensors: Mapping[str, torch.Tensor], metadata: 
     from safetensors.torch import save_file
 
     with atomic_file(Path(path)) as temporary:
+        temporary.touch()
+        mode = temporary.stat().st_mode  # the user's own; the library makes files that nobody else may read
         contiguous = {name: tensor.detach().contiguous() for name, tensor in tensors.items()}
         save_file(contiguous, temporary, metadata=dict(metadata) if metadata else None)
         _order_metadata(temporary)
+        temporary.chmod(mode)
 
 
 def _order_metadata(path: Path) -> None:
