@@ -334,3 +334,15 @@ def test_a_tokenizer_that_is_larger_than_the_model(tmp_path):
     lm = athanor.load(tmp_path / "m")
     with pytest.raises(CheckpointError, match="the tokenizer has 330 tokens and the model's vocabulary 320"):
         LM(lm.model, type("Larger", (), {"vocab_size": 330})())
+
+
+@pytest.mark.parametrize(
+    "arguments", [["chat", "--prompt", "x"], ["serve", "--port", "0"], ["eval"]], ids=lambda arguments: arguments[0]
+)
+def test_commands_that_need_our_template_say_so_at_once(tmp_path, capsys, arguments):
+    from athanor.cli import main
+
+    made(("llama", "tiny"), tmp_path / "base", byte_level)
+    capsys.readouterr()
+    assert main([arguments[0], str(tmp_path / "base"), *arguments[1:]]) == 1
+    assert "this model came with a tokenizer of another program" in " ".join(capsys.readouterr().err.split())

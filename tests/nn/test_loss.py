@@ -147,3 +147,23 @@ def test_token_logprobs_at_temperature_1_are_the_cross_entropy():
     logprobs, _ = token_logprobs(hidden, weight, targets, torch.ones(30))
     total, _ = linear_cross_entropy(hidden, weight, targets)
     assert -logprobs.sum().item() == pytest.approx(total.item(), rel=1e-6)
+
+
+@pytest.mark.parametrize("smoothing", [0.1, 0.9])
+@pytest.mark.parametrize("softcap", [None, 3.0])
+def test_smoothed_targets_with_bias_and_cap_are_pytorchs(chunks, smoothing, softcap):
+    hidden, weight, targets = data(23)
+    bias = torch.randn(VOCAB, generator=torch.Generator().manual_seed(1)).requires_grad_()
+    total, correct = linear_cross_entropy(hidden, weight, targets, bias, softcap, smoothing)
+    total.backward()
+    mine = [hidden.grad, weight.grad, bias.grad]
+    for tensor in (hidden, weight, bias):
+        tensor.grad = None
+    logits = hidden @ weight.t() + bias
+    logits = logits if softcap is None else torch.tanh(logits / softcap) * softcap
+    expected = F.cross_entropy(logits, targets, label_smoothing=smoothing, reduction="sum")
+    expected.backward()
+    assert torch.allclose(total, expected, rtol=1e-5)
+    assert int(correct) == int((logits.argmax(1) == targets).sum())
+    for grad, tensor in zip(mine, (hidden, weight, bias), strict=True):
+        assert torch.allclose(grad, tensor.grad, atol=1e-5, rtol=1e-4)

@@ -120,6 +120,11 @@ class LanguageModel(nn.Module):
         return None
 
     @property
+    def label_smoothing(self) -> float:
+        """How much of a target's probability training spreads over the vocabulary (the Transformer of 2017: 0.1)."""
+        return 0.0
+
+    @property
     def output_softcap(self) -> float | None:
         """c where logits are c tanh(logits / c) (Gemma 2)."""
         return None
@@ -141,8 +146,9 @@ class LanguageModel(nn.Module):
 
     def cross_entropy(self, hidden: Tensor, targets: Tensor) -> tuple[Tensor, Tensor]:
         """`linear_cross_entropy` of this model's logits: hidden (N, D), targets (N,); never holds all logits."""
+        smoothing = self.label_smoothing if self.training else 0.0
         return linear_cross_entropy(
-            self.to_output(hidden), self.output_weight, targets, self.output_bias, self.output_softcap
+            self.to_output(hidden), self.output_weight, targets, self.output_bias, self.output_softcap, smoothing
         )  # fmt: skip
 
     def token_logprobs(self, hidden: Tensor, targets: Tensor, temperature: Tensor) -> tuple[Tensor, Tensor]:

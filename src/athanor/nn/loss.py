@@ -59,6 +59,7 @@ class _LinearCrossEntropy(torch.autograd.Function):
         targets: Tensor,
         bias: Tensor | None,
         softcap: float | None,
+        smoothing: float,
         dtype: torch.dtype,
         need: tuple[bool, bool, bool],
     ) -> tuple[Tensor, Tensor]:
@@ -76,9 +77,13 @@ class _LinearCrossEntropy(torch.autograd.Function):
             logprobs = torch.log_softmax(logits, dim=1)
             picked = logprobs.gather(1, y)
             correct += (picked >= logprobs.amax(dim=1, keepdim=True)).sum()
-            total -= picked.sum(dtype=torch.float64)
+            total -= picked.sum(dtype=torch.float64) * (1 - smoothing)
+            if smoothing:
+                total -= logprobs.sum(dtype=torch.float64) * (smoothing / logprobs.shape[1])
             if any(need):
-                grad32 = logprobs.exp_().scatter_add_(1, y, torch.full_like(picked, -1.0))
+                grad32 = logprobs.exp_().scatter_add_(1, y, torch.full_like(picked, smoothing - 1))
+                if smoothing:
+                    grad32 -= smoothing / logprobs.shape[1]
                 if softcap is not None:
                     grad32 *= out.slope(logits)
                 if d_bias is not None:
@@ -99,15 +104,22 @@ class _LinearCrossEntropy(torch.autograd.Function):
         d_hidden = None if d_hidden is None else d_hidden * grads[0].to(d_hidden.dtype)
         d_weight = None if d_weight is None else (d_weight * grads[0]).to(ctx.dtypes[0])
         d_bias = None if d_bias is None else (d_bias * grads[0]).to(ctx.dtypes[1])
-        return d_hidden, d_weight, None, d_bias, None, None, None
+        return d_hidden, d_weight, None, d_bias, None, None, None, None
 
 
 def linear_cross_entropy(
-    hidden: Tensor, weight: Tensor, targets: Tensor, bias: Tensor | None = None, softcap: float | None = None
+    hidden: Tensor,
+    weight: Tensor,
+    targets: Tensor,
+    bias: Tensor | None = None,
+    softcap: float | None = None,
+    smoothing: float = 0.0,
 ) -> tuple[Tensor, Tensor]:
     """Sum over N of -log softmax(logits)[target], and how many targets no other token was more probable than.
 
-    Logits are hidden weight^T + bias, and softcap tanh(logits / softcap) of these where there is a cap.
+    Logits are hidden weight^T + bias, and softcap tanh(logits / softcap) of these where there is a cap. With label smoothing e
+    the loss of a token is (1 - e) of that, and e of the mean of -log softmax(logits) over the vocabulary (Szegedy et al. 2016,
+    arXiv 1512.00567, section 7).
 
     Args:
         hidden: (N, D).
@@ -115,6 +127,7 @@ def linear_cross_entropy(
         targets: (N,) int64 in [0, V).
         bias: (V,) or None.
         softcap: positive or None.
+        smoothing: e, in [0, 1).
 
     Returns:
         loss sum (float32 scalar, nats) and correct count (int64 scalar).
@@ -122,7 +135,7 @@ def linear_cross_entropy(
     # Asked here: a Function's forward sees requires_grad of weights even where nothing will ever be differentiated.
     on = torch.is_grad_enabled()
     need = (on and hidden.requires_grad, on and weight.requires_grad, on and bias is not None and bias.requires_grad)
-    loss, correct = _LinearCrossEntropy.apply(hidden, weight, targets, bias, softcap, compute_dtype(hidden), need)
+    loss, correct = _LinearCrossEntropy.apply(hidden, weight, targets, bias, softcap, smoothing, compute_dtype(hidden), need)
     return loss, correct
 
 

@@ -18,6 +18,7 @@ import athanor
 from athanor.core.errors import RequestError, nearest
 from athanor.serve.dialogue import Dialogue, Turn
 from athanor.serve.terminal import Screen, interrupts, lines
+from athanor.tokenizer.chat import ours
 
 POSITIONAL = ("path",)
 HELP = """\
@@ -54,7 +55,7 @@ class Config:
 
 def main(config: Config) -> int:
     lm = athanor.load(config.path, config.checkpoint)
-    chat = _Chat(config, Dialogue(lm.engine(max_batch=1), lm.tokenizer, config.system), Screen(sys.stdout, sys.stderr))
+    chat = _Chat(config, Dialogue(lm.engine(max_batch=1), ours(lm.tokenizer), config.system), Screen(sys.stdout, sys.stderr))
     if config.prompt is not None:
         return 130 if chat.answer(config.prompt).finish_reason == "abort" else 0
     if sys.stdin.isatty():

@@ -18,6 +18,7 @@ import athanor
 from athanor.core.errors import ConfigError
 from athanor.serve.app import create_app
 from athanor.serve.worker import Worker
+from athanor.tokenizer.chat import ours
 
 GRACE = 20  # seconds that answers in flight have to finish once the server is told to stop
 POSITIONAL = ("path",)
@@ -50,7 +51,7 @@ def main(config: Config) -> None:
         lm = athanor.load(config.path, config.checkpoint)
         app = create_app(
             lm.engine(max_batch=config.max_batch),
-            lm.tokenizer,
+            ours(lm.tokenizer),
             lm.name,
             max_queue=config.max_queue,
             default_max_tokens=config.max_tokens,
