@@ -96,7 +96,10 @@ class LM:
     @property
     def name(self) -> str:
         """What the server calls it: run and checkpoint folder."""
-        return f"{self.path.parent.name}/{self.path.name}" if self.path else "athanor"
+        if self.path is None:
+            return "athanor"
+        path = self.path.resolve()
+        return f"{path.parent.name}/{path.name}"
 
     def engine(self, max_batch: int = 64, precision: Precision = "fp32") -> Engine:
         """A new engine over this model. Raises ConfigError for one that does not generate text."""
