@@ -1,7 +1,7 @@
 """llama.cpp itself, by the C interface of the library that the npm package node-llama-cpp ships ready to run.
 
-    npm install node-llama-cpp@3.22.1 --ignore-scripts
-    ATHANOR_LLAMACPP=$PWD/node_modules python -m pytest tests/models/test_gguf.py
+    npm install --prefix build/llamacpp @node-llama-cpp/linux-x64@3.22.1
+    ATHANOR_LLAMACPP=$PWD/build/llamacpp/node_modules python -m pytest tests/models/test_gguf.py
 
 Without the variable, or on a machine that is not Linux on x86-64, these tests are skipped.
 """
