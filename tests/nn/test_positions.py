@@ -1,11 +1,13 @@
 """Rotary positions against transformers and against float64."""
 
+import math
+
 import pytest
 import torch
 from transformers import LlamaConfig
 from transformers.models.llama.modeling_llama import LlamaRotaryEmbedding, apply_rotary_pos_emb
 
-from athanor.nn.positions import Rotary, rotate
+from athanor.nn.positions import Rotary, rotate, sinusoids
 
 
 def theirs(x, positions, theta):
@@ -104,3 +106,16 @@ def test_magnitude_is_a_factor():
     x = torch.randn(1, 5, 2, 8, generator=torch.Generator().manual_seed(4))
     at = torch.arange(5).unsqueeze(0)
     torch.testing.assert_close(rotate(x, *Rotary(8, 5, magnitude=1.5).at(at, 5)), 1.5 * rotate(x, *Rotary(8, 5).at(at, 5)))
+
+
+@pytest.mark.parametrize("interleaved", [True, False])
+def test_sinusoids_are_those_of_the_paper(interleaved):
+    """PE(t, 2i) = sin(t / 10000^(2i/D)), PE(t, 2i+1) = cos of the same (Vaswani et al. 2017), side by side or in halves."""
+    table = sinusoids(50, 12, interleaved)
+    for t in range(50):
+        for i in range(6):
+            angle = t / 10_000 ** (2 * i / 12)
+            sine, cosine = (2 * i, 2 * i + 1) if interleaved else (i, 6 + i)
+            assert table[t, sine].item() == pytest.approx(math.sin(angle), abs=1e-6)
+            assert table[t, cosine].item() == pytest.approx(math.cos(angle), abs=1e-6)
+    assert table.dtype == torch.float32 and table.device.type == "cpu"

@@ -6,6 +6,7 @@ from collections.abc import Mapping
 from dataclasses import dataclass, replace
 from typing import Any
 
+from athanor.core.errors import ConfigError
 from athanor.models import bert
 from athanor.models.fields import Fields
 from athanor.models.keys import Entry
@@ -26,6 +27,13 @@ class Config(bert.Config):
     norm_eps: float = 1e-5
     pad_id: int = 1
     variant: str = "roberta"
+
+    def __post_init__(self) -> None:
+        super().__post_init__()
+        if self.variant not in _CLASSES:
+            raise ConfigError(f"variant ({self.variant!r}) must be one of {', '.join(_CLASSES)}")
+        if self.pad_id < 0:
+            raise ConfigError(f"pad_id ({self.pad_id}) must be a token id: 1 is usual")
 
     def to_hf(self) -> dict[str, Any]:
         return super().to_hf() | {

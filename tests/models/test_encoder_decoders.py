@@ -1,0 +1,156 @@
+"""T5, BART and Pegasus: what the suite of all families does not see. Bare models, old files, and what is refused."""
+
+import re
+from dataclasses import replace
+
+import pytest
+import torch
+import transformers
+from safetensors.torch import load_file, save_file
+from transformers.models.pegasus.modeling_pegasus import PegasusSinusoidalPositionalEmbedding
+
+from athanor.core.errors import CheckpointError, ConfigError
+from athanor.core.io import read_json, write_json
+from athanor.models import bart, io, pegasus, t5
+from tests.models.reference import config_of, greatest, random_ids, theirs_of
+
+T5, BART, PEGASUS = (config_of((name, "tiny")) for name in ("t5", "bart", "pegasus"))
+
+
+def test_an_output_of_its_own_is_not_scaled(tmp_path):
+    """T5 1.1, as it was published: tie_word_embeddings false, and no word of scaling."""
+    config = replace(config_of(("t5", "tiny-gated")), tied=False)
+    theirs = theirs_of(config)
+    theirs.save_pretrained(tmp_path)
+    fields = read_json(tmp_path / "config.json")
+    fields.pop("scale_decoder_outputs", None)
+    write_json(tmp_path / "config.json", fields | {"tie_word_embeddings": False})
+    ours = io.load(tmp_path)
+    source, answer = random_ids(config, 2, 9), random_ids(config, 2, 5)
+    with torch.no_grad():
+        assert greatest(ours(source, answer), theirs(source, decoder_input_ids=answer).logits) <= 1e-5
+    assert not ours.config.tied
+
+
+def test_answers_of_a_t5_begin_with_padding(tmp_path):
+    theirs = theirs_of(T5)
+    theirs.config.decoder_start_token_id = None
+    theirs.generation_config = transformers.GenerationConfig()
+    theirs.save_pretrained(tmp_path)
+    assert io.load(tmp_path).token_ids.decoder_start == read_json(tmp_path / "config.json")["pad_token_id"] == 0
+
+
+def test_a_tensor_of_old_t5_files_that_nothing_is_computed_with(tmp_path):
+    theirs_of(T5).save_pretrained(tmp_path)
+    tensors = load_file(tmp_path / "model.safetensors")
+    tensors["decoder.block.0.layer.1.EncDecAttention.relative_attention_bias.weight"] = torch.ones(8, 4)
+    save_file(tensors, tmp_path / "model.safetensors", {"format": "pt"})
+    io.load(tmp_path)
+    tensors["decoder.block.1.layer.1.EncDecAttention.relative_attention_bias.weight"] = torch.ones(8, 4)
+    save_file(tensors, tmp_path / "model.safetensors", {"format": "pt"})
+    with pytest.raises(CheckpointError, match=r"unexpected: decoder\.block\.1\.layer\.1\.EncDecAttention"):
+        io.load(tmp_path)
+
+
+@pytest.mark.parametrize(("cls", "config"), [(transformers.BartModel, BART), (transformers.PegasusModel, PEGASUS)])
+def test_bare_models(tmp_path, cls, config):
+    torch.manual_seed(0)
+    theirs = cls(transformers.AutoConfig.for_model(**config.to_hf())).eval()
+    theirs.save_pretrained(tmp_path)
+    ours = io.load(tmp_path)
+    assert ours.task == "none"
+    from athanor.nn.context import Bidirectional, Causal, Memory, WithMemory
+
+    source, answer = random_ids(config, 2, 9), random_ids(config, 2, 5)
+    with torch.no_grad():
+        memory = Memory(ours.encode(source, Bidirectional(2, 9)))
+        hidden = ours.hidden(answer, WithMemory(Causal(2, 5), memory))
+        assert greatest(hidden, theirs(source, decoder_input_ids=answer).last_hidden_state) <= 1e-5
+    with pytest.raises(ConfigError, match="was saved without its language-model head"):
+        ours.logits(hidden)
+
+
+def test_a_bart_without_a_bias_of_logits(tmp_path):
+    theirs_of(BART).save_pretrained(tmp_path)
+    tensors = load_file(tmp_path / "model.safetensors")
+    bias = tensors.pop("final_logits_bias")
+    assert bias.shape == (1, 320)
+    save_file(tensors, tmp_path / "model.safetensors", {"format": "pt"})
+    ours = io.load(tmp_path)
+    assert ours.output_bias is None and "final_logits_bias" not in ours.to_hf(ours.state_dict())
+
+
+def test_a_pegasus_whose_file_lacks_its_table(tmp_path):
+    """Sinusoids are computed where they are not stored, as in old files, and stay out of new ones."""
+    theirs = theirs_of(PEGASUS)
+    with torch.no_grad():
+        for stack in (theirs.model.encoder, theirs.model.decoder):
+            stack.embed_positions.weight.copy_(PegasusSinusoidalPositionalEmbedding(128, 32).create_weight())
+    theirs.save_pretrained(tmp_path)
+    tensors = {k: v for k, v in load_file(tmp_path / "model.safetensors").items() if "embed_positions" not in k}
+    save_file(tensors, tmp_path / "model.safetensors", {"format": "pt"})
+    ours = io.load(tmp_path)
+    source, answer = random_ids(PEGASUS, 2, 9), random_ids(PEGASUS, 2, 5)
+    with torch.no_grad():
+        assert greatest(ours(source, answer), theirs(source, decoder_input_ids=answer).logits) <= 1e-5
+    assert ours.to_hf(ours.state_dict()).keys() == tensors.keys()
+
+
+def test_twins_that_differ_are_refused(tmp_path):
+    theirs_of(BART).save_pretrained(tmp_path)
+    tensors = load_file(tmp_path / "model.safetensors")
+    words = tensors["model.shared.weight"]
+    save_file(tensors | {"lm_head.weight": words.clone()}, tmp_path / "model.safetensors", {"format": "pt"})
+    io.load(tmp_path)
+    save_file(tensors | {"lm_head.weight": words + 1}, tmp_path / "model.safetensors", {"format": "pt"})
+    with pytest.raises(
+        CheckpointError, match=r"lm_head\.weight differs from model\.shared\.weight, and config\.json says that they"
+    ):
+        io.load(tmp_path)
+
+
+@pytest.mark.parametrize(
+    ("config", "fields", "message"),
+    [
+        (T5, {"head_dim": 0}, "head_dim (0) must be at least 1"),
+        (T5, {"feed_forward": "glu"}, "feed_forward ('glu') must be one of relu, gelu, gated-gelu, gated-silu, gated-relu"),
+        (T5, {"n_buckets": 6}, "n_buckets (6) must be a positive multiple of 4: 32 is usual"),
+        (
+            T5,
+            {"max_distance": 4},
+            "max_distance (4) must be above n_buckets / 2 (4), up to which each distance has its own bucket",
+        ),
+        (T5, {"norm_eps": -1.0}, "norm_eps (-1.0) must be positive: 1e-6 is usual"),
+        (BART, {"max_positions": 0}, "max_positions (0) must be at least 1"),
+        (BART, {"n_decoder_heads": 3}, "n_decoder_heads (3) must divide d_model (32): use 2 or 4"),
+        (BART, {"activation": "x"}, "activation ('x') must be one of"),
+        (PEGASUS, {"d_model": 33, "n_heads": 3, "n_decoder_heads": 3}, "d_model (33) must be even, for a sine and a cosine each"),
+    ],
+)
+def test_shapes_that_are_none(config, fields, message):
+    with pytest.raises(ConfigError, match=re.escape(message)):
+        replace(config, **fields)
+
+
+@pytest.mark.parametrize(
+    ("module", "config", "changed", "message"),
+    [
+        (
+            t5,
+            T5,
+            {"feed_forward_proj": "gated-mish"},
+            "feed_forward_proj is 'gated-mish', which is not supported for t5 (only 'relu'",
+        ),
+        (t5, T5, {"d_kv": None}, "config.json lacks 'd_kv', which a t5 needs"),
+        (bart, BART, {"normalize_before": True}, "normalize_before is True, which is not supported for bart (only False is)"),
+        (bart, BART, {"add_final_layer_norm": True}, "add_final_layer_norm is True, which is not supported for bart"),
+        (bart, BART, {"normalize_embedding": False}, "normalize_embedding is False, which is not supported for bart"),
+        (bart, BART, {"activation_function": "mish"}, "activation_function is 'mish', which is not supported for bart"),
+        (pegasus, PEGASUS, {"normalize_before": False}, "normalize_before is False, which is not supported for pegasus"),
+        (pegasus, PEGASUS, {"add_final_layer_norm": False}, "add_final_layer_norm is False, which is not supported for pegasus"),
+        (pegasus, PEGASUS, {"normalize_embedding": True}, "normalize_embedding is True, which is not supported for pegasus"),
+    ],
+)
+def test_configs_that_are_computed_otherwise(module, config, changed, message):
+    with pytest.raises(CheckpointError, match=re.escape(message)):
+        module.Config.from_hf(config.to_hf() | changed)

@@ -1,0 +1,193 @@
+"""BERT and RoBERTa: what the suite of all families does not see. Heads, segments, old files, and what is refused."""
+
+import json
+import re
+from dataclasses import replace
+
+import pytest
+import torch
+import transformers
+from safetensors.torch import load_file, save_file
+
+from athanor.core.errors import CheckpointError, ConfigError
+from athanor.models import bert, io, roberta
+from athanor.nn.context import Bidirectional, Padded
+from tests.models.reference import config_of, files, greatest, random_ids, theirs_of
+
+BERT = config_of(("bert", "tiny"))
+
+
+def saved(cls, folder, config=BERT):
+    """A random model of one of transformers' classes, in a folder."""
+    torch.manual_seed(0)
+    theirs = cls(transformers.AutoConfig.for_model(**config.to_hf())).eval()
+    with torch.no_grad():
+        for p in theirs.parameters():
+            p.normal_(0.0, 0.15)
+    theirs.save_pretrained(folder)
+    return theirs
+
+
+def ids_and_segments():
+    ids = random_ids(BERT, 3, 11)
+    segments = (torch.arange(11) > 5).long().expand(3, -1)
+    return ids, segments
+
+
+def test_both_heads_of_pre_training(tmp_path):
+    theirs = saved(transformers.BertForPreTraining, tmp_path)
+    ours = io.load(tmp_path)
+    ids, segments = ids_and_segments()
+    with torch.no_grad():
+        expected = theirs(ids, token_type_ids=segments)
+        hidden = ours.hidden(ids, Bidirectional(3, 11), segments)
+        assert greatest(ours.logits(hidden), expected.prediction_logits) <= 1e-5
+        assert greatest(ours.next_sentence(hidden[:, 0]), expected.seq_relationship_logits) <= 1e-5
+    (tmp_path / "ours").mkdir()
+    io.save(ours, tmp_path / "ours")
+    a, b = files(tmp_path), files(tmp_path / "ours")
+    assert a.keys() == b.keys() and all(torch.equal(a[k], b[k]) for k in a)
+    again, report = transformers.BertForPreTraining.from_pretrained(tmp_path / "ours", output_loading_info=True)
+    assert not any(report.values())
+    with torch.no_grad():
+        assert torch.equal(again.eval()(ids, token_type_ids=segments).prediction_logits, expected.prediction_logits)
+
+
+def test_next_sentences_alone(tmp_path):
+    theirs = saved(transformers.BertForNextSentencePrediction, tmp_path)
+    ours = io.load(tmp_path)
+    assert ours.task == "following"
+    ids, segments = ids_and_segments()
+    with torch.no_grad():
+        hidden = ours.hidden(ids, Bidirectional(3, 11), segments)
+        assert greatest(ours.next_sentence(hidden[:, 0]), theirs(ids, token_type_ids=segments).logits) <= 1e-5
+    with pytest.raises(ConfigError, match="this bert was saved without its language-model head"):
+        ours.logits(hidden)
+
+
+@pytest.mark.parametrize("pooler", [True, False])
+def test_the_trunk_with_and_without_its_pooler(tmp_path, pooler):
+    torch.manual_seed(0)
+    theirs = transformers.BertModel(transformers.AutoConfig.for_model(**BERT.to_hf()), add_pooling_layer=pooler).eval()
+    theirs.save_pretrained(tmp_path / "theirs")
+    ours = io.load(tmp_path / "theirs")
+    ids, segments = ids_and_segments()
+    mask = torch.ones(3, 11, dtype=torch.int64)
+    mask[1, 7:] = 0
+    with torch.no_grad():
+        expected = theirs(ids, token_type_ids=segments, attention_mask=mask)
+        hidden = ours.hidden(ids, Padded(mask, causal=False), segments)
+        assert greatest(hidden[mask.bool()], expected.last_hidden_state[mask.bool()]) <= 1e-5
+        if pooler:
+            assert greatest(ours.pooled(hidden[:, 0]), expected.pooler_output) <= 1e-5
+        else:
+            with pytest.raises(ConfigError, match="this bert was saved without its pooler: use `hidden`, or a checkpoint that"):
+                ours.pooled(hidden[:, 0])
+    with pytest.raises(ConfigError, match="this bert was saved without its head of next sentences: use a checkpoint that has"):
+        ours.next_sentence(hidden[:, 0])
+    (tmp_path / "ours").mkdir()
+    io.save(ours, tmp_path / "ours")
+    a, b = files(tmp_path / "theirs"), files(tmp_path / "ours")
+    assert a.keys() == b.keys() and all(torch.equal(a[k], b[k]) for k in a)
+
+
+def test_segments_are_the_first_unless_told(tmp_path):
+    theirs = saved(transformers.BertForMaskedLM, tmp_path)
+    ours = io.load(tmp_path)
+    ids, segments = ids_and_segments()
+    with torch.no_grad():
+        assert greatest(ours(ids), theirs(ids).logits) <= 1e-5
+        told = ours.logits(ours.hidden(ids, Bidirectional(3, 11), segments))
+        assert greatest(told, theirs(ids, token_type_ids=segments).logits) <= 1e-5 < greatest(told, ours(ids))
+
+
+def test_files_of_2018(tmp_path):
+    """Norms whose weights are called gamma and beta, and a table of positions that follows from the config."""
+    saved(transformers.BertForMaskedLM, tmp_path)
+    expected = io.load(tmp_path).state_dict()
+    tensors = load_file(tmp_path / "model.safetensors")
+    old = {
+        re.sub(r"(LayerNorm)\.weight$", r"\1.gamma", re.sub(r"(LayerNorm)\.bias$", r"\1.beta", k)): v for k, v in tensors.items()
+    }
+    old["bert.embeddings.position_ids"] = torch.arange(128)[None]
+    assert sum(k.endswith("gamma") for k in old) > 4
+    save_file(old, tmp_path / "model.safetensors", {"format": "pt"})
+    found = io.load(tmp_path).state_dict()
+    assert found.keys() == expected.keys() and all(torch.equal(found[k], expected[k]) for k in found)
+    both = old | {"bert.embeddings.LayerNorm.weight": tensors["bert.embeddings.LayerNorm.weight"].clone()}
+    save_file(both, tmp_path / "model.safetensors", {"format": "pt"})
+    with pytest.raises(CheckpointError, match="stand there under an old name and a new one: use a folder of one version"):
+        io.load(tmp_path)
+
+
+@pytest.mark.parametrize(
+    ("fields", "message"),
+    [
+        ({"d_ff": 0}, "d_ff (0) must be at least 1"),
+        ({"n_heads": 5}, "n_heads (5) must divide d_model (32): use 2 or 4"),
+        ({"norm_eps": 0.0}, "norm_eps (0.0) must be positive: 1e-12 is usual"),
+        ({"activation": "swish2"}, "activation ('swish2') must be one of"),
+    ],
+)
+def test_shapes_that_are_none(fields, message):
+    with pytest.raises(ConfigError, match=re.escape(message)):
+        replace(BERT, **fields)
+
+
+@pytest.mark.parametrize(
+    ("fields", "message"),
+    [
+        ({"variant": "electra"}, "variant ('electra') must be one of roberta, xlm-roberta, camembert, longformer"),
+        ({"pad_id": -1}, "pad_id (-1) must be a token id: 1 is usual"),
+    ],
+)
+def test_shapes_that_are_no_robertas(fields, message):
+    with pytest.raises(ConfigError, match=re.escape(message)):
+        replace(config_of(("roberta", "tiny")), **fields)
+
+
+@pytest.mark.parametrize(
+    ("module", "changed", "message"),
+    [
+        (bert, {"position_embedding_type": "relative_key"}, "position_embedding_type is 'relative_key', which is not supported"),
+        (bert, {"is_decoder": True}, "is_decoder is True, which is not supported for bert (only False is)"),
+        (bert, {"add_cross_attention": True}, "add_cross_attention is True, which is not supported for bert"),
+        (bert, {"hidden_act": "mish"}, "hidden_act is 'mish', which is not supported for bert (only "),
+        (bert, {"hidden_size": "32"}, "hidden_size is '32' and must be a whole number: copy it again"),
+        (bert, {"vocab_size": None}, "config.json lacks 'vocab_size', which a bert needs: copy it again"),
+        (roberta, {"model_type": "roberta", "position_embedding_type": "x"}, "which is not supported for roberta"),
+    ],
+)
+def test_configs_that_are_computed_otherwise(module, changed, message):
+    with pytest.raises(CheckpointError, match=re.escape(message)):
+        module.Config.from_hf(BERT.to_hf() | changed)
+
+
+def test_published_configs_are_the_presets():
+    """config.json of bert-base-uncased and roberta-base, as they were published."""
+    uncased = json.loads(
+        """{"architectures": ["BertForMaskedLM"], "attention_probs_dropout_prob": 0.1, "gradient_checkpointing": false,
+        "hidden_act": "gelu", "hidden_dropout_prob": 0.1, "hidden_size": 768, "initializer_range": 0.02,
+        "intermediate_size": 3072, "layer_norm_eps": 1e-12, "max_position_embeddings": 512, "model_type": "bert",
+        "num_attention_heads": 12, "num_hidden_layers": 12, "pad_token_id": 0, "position_embedding_type": "absolute",
+        "type_vocab_size": 2, "use_cache": true, "vocab_size": 30522}"""
+    )
+    assert bert.Config.from_hf(uncased) == bert.PRESETS["bert-base-uncased"]
+    base = {
+        "model_type": "roberta",
+        "layer_norm_eps": 1e-5,
+        "max_position_embeddings": 514,
+        "type_vocab_size": 1,
+        "vocab_size": 50265,
+    }
+    assert roberta.Config.from_hf(uncased | base | {"pad_token_id": 1}) == roberta.PRESETS["roberta-base"]
+
+
+def test_a_camembert_is_a_roberta(tmp_path):
+    config = replace(config_of(("roberta", "tiny")), variant="camembert")
+    theirs = theirs_of(config)
+    theirs.save_pretrained(tmp_path)
+    ours = io.load(tmp_path)
+    ids = random_ids(config, 2, 9)
+    with torch.no_grad():
+        assert ours.config == config and greatest(ours(ids), theirs(ids).logits) <= 1e-5
