@@ -5,6 +5,7 @@ from dataclasses import replace
 
 import pytest
 import torch
+import torch.nn.functional as F
 import transformers
 from safetensors.torch import load_file, save_file
 from transformers.models.pegasus.modeling_pegasus import PegasusSinusoidalPositionalEmbedding
@@ -12,7 +13,8 @@ from transformers.models.pegasus.modeling_pegasus import PegasusSinusoidalPositi
 from athanor.core.errors import CheckpointError, ConfigError
 from athanor.core.io import read_json, write_json
 from athanor.models import bart, io, pegasus, t5
-from tests.models.reference import config_of, greatest, random_ids, theirs_of
+from athanor.nn.context import Bidirectional, Causal, Memory, WithMemory
+from tests.models.reference import config_of, files, greatest, packed, random_ids, theirs_of
 
 T5, BART, PEGASUS = (config_of((name, "tiny")) for name in ("t5", "bart", "pegasus"))
 
@@ -30,6 +32,37 @@ def test_an_output_of_its_own_is_not_scaled(tmp_path):
     with torch.no_grad():
         assert greatest(ours(source, answer), theirs(source, decoder_input_ids=answer).logits) <= 1e-5
     assert not ours.config.tied
+
+
+def test_they_read_an_output_of_its_own(tmp_path):
+    config = replace(config_of(("t5", "tiny-gated")), tied=False)
+    ours = io.build("t5", config, seed=0).eval()
+    io.save(ours, tmp_path)
+    assert io.load(tmp_path).config == config
+    theirs, report = transformers.T5ForConditionalGeneration.from_pretrained(tmp_path, output_loading_info=True)
+    assert not any(report.values())
+    source, answer = random_ids(config, 2, 9), random_ids(config, 2, 5)
+    with torch.no_grad():
+        assert greatest(ours(source, answer), theirs.eval()(source, decoder_input_ids=answer).logits) <= 1e-5
+
+
+def test_an_encoder_alone_is_refused(tmp_path):
+    transformers.T5EncoderModel(transformers.AutoConfig.for_model(**T5.to_hf())).save_pretrained(tmp_path)
+    message = "architectures names 'T5EncoderModel', which has no decoder, and a t5 is read whole: use a checkpoint of the whole"
+    with pytest.raises(CheckpointError, match=message):
+        io.load(tmp_path)
+
+
+@pytest.mark.parametrize("config", [BART, PEGASUS], ids=["bart", "pegasus"])
+def test_an_output_of_its_own_is_refused_where_transformers_takes_more_apart(config, tmp_path):
+    message = (
+        "tied (False) must be True: transformers leaves the embeddings of both stacks apart otherwise, and this model has one"
+    )
+    with pytest.raises(ConfigError, match=re.escape(message)):
+        replace(config, tied=False)
+    write_json(tmp_path / "config.json", config.to_hf() | {"tie_word_embeddings": False})
+    with pytest.raises(CheckpointError, match=re.escape(message)):
+        io.load(tmp_path)
 
 
 def test_answers_of_a_t5_begin_with_padding(tmp_path):
@@ -52,22 +85,76 @@ def test_a_tensor_of_old_t5_files_that_nothing_is_computed_with(tmp_path):
         io.load(tmp_path)
 
 
-@pytest.mark.parametrize(("cls", "config"), [(transformers.BartModel, BART), (transformers.PegasusModel, PEGASUS)])
-def test_bare_models(tmp_path, cls, config):
+BARE = [(transformers.T5Model, T5), (transformers.BartModel, BART), (transformers.PegasusModel, PEGASUS)]
+
+
+def read_bare(cls, config, folder):
+    """A bare model of transformers in a folder, and what makes our hidden states of its inputs as it would."""
     torch.manual_seed(0)
     theirs = cls(transformers.AutoConfig.for_model(**config.to_hf())).eval()
-    theirs.save_pretrained(tmp_path)
+    theirs.save_pretrained(folder)
+    source, answer = random_ids(config, 2, 9), random_ids(config, 2, 5)
+
+    def hidden(ours):
+        memory = Memory(ours.encode(source, Bidirectional(2, 9)))
+        return ours.hidden(answer, WithMemory(Causal(2, 5), memory))
+
+    with torch.no_grad():
+        return theirs(source, decoder_input_ids=answer).last_hidden_state, hidden
+
+
+@pytest.mark.parametrize(("cls", "config"), BARE, ids=["t5", "bart", "pegasus"])
+def test_bare_models(tmp_path, cls, config):
+    expected, hidden = read_bare(cls, config, tmp_path)
     ours = io.load(tmp_path)
     assert ours.task == "none"
-    from athanor.nn.context import Bidirectional, Causal, Memory, WithMemory
-
-    source, answer = random_ids(config, 2, 9), random_ids(config, 2, 5)
     with torch.no_grad():
-        memory = Memory(ours.encode(source, Bidirectional(2, 9)))
-        hidden = ours.hidden(answer, WithMemory(Causal(2, 5), memory))
-        assert greatest(hidden, theirs(source, decoder_input_ids=answer).last_hidden_state) <= 1e-5
+        found = hidden(ours)
+    assert greatest(found, expected) <= 1e-5
     with pytest.raises(ConfigError, match="was saved without its language-model head"):
-        ours.logits(hidden)
+        ours.logits(found)
+    (tmp_path / "ours").mkdir()
+    io.save(ours, tmp_path / "ours")
+    a, b = files(tmp_path), files(tmp_path / "ours")
+    assert a.keys() == b.keys() and all(torch.equal(a[k], b[k]) for k in a)
+
+
+@pytest.mark.parametrize("lacking", [("encoder", "decoder"), ("decoder",)], ids="-".join)
+def test_a_bare_pegasus_whose_file_lacks_a_table(tmp_path, lacking):
+    expected, hidden = read_bare(transformers.PegasusModel, PEGASUS, tmp_path)
+    gone = {f"{stack}.embed_positions.weight" for stack in lacking}
+    tensors = load_file(tmp_path / "model.safetensors")
+    assert gone < tensors.keys()
+    save_file({k: v for k, v in tensors.items() if k not in gone}, tmp_path / "model.safetensors", {"format": "pt"})
+    with torch.no_grad():
+        assert greatest(hidden(io.load(tmp_path)), expected) <= 1e-5
+
+
+@pytest.mark.parametrize("config", [BART, PEGASUS], ids=["bart", "pegasus"])
+def test_the_bias_of_logits_counts(tmp_path, config):
+    theirs = theirs_of(config)
+    theirs.final_logits_bias.normal_(generator=torch.Generator().manual_seed(4))
+    theirs.save_pretrained(tmp_path)
+    ours = io.load(tmp_path)
+    source, answer, targets = random_ids(config, 2, 9), random_ids(config, 2, 5), random_ids(config, 10, seed=3)
+    with torch.no_grad():
+        expected = theirs(source, decoder_input_ids=answer).logits
+        assert greatest(ours(source, answer), expected) <= 1e-5
+        total, _ = ours.cross_entropy(packed(ours, list(source), list(answer)), targets)
+    wanted = F.cross_entropy(expected.flatten(0, 1), targets, reduction="sum")
+    assert total.item() == pytest.approx(wanted.item(), rel=1e-5)
+    assert torch.equal(ours.to_hf(ours.state_dict())["final_logits_bias"], theirs.final_logits_bias)
+
+
+def test_what_answers_begin_with_is_what_generation_goes_by(tmp_path):
+    """generation_config.json is asked before config.json, as in transformers; a family's own custom is asked last."""
+    theirs = theirs_of(BART)
+    theirs.config.decoder_start_token_id, theirs.config.bos_token_id = 7, 0
+    theirs.save_pretrained(tmp_path)
+    (tmp_path / "generation_config.json").unlink(missing_ok=True)
+    assert io.load(tmp_path).token_ids.decoder_start == 7
+    write_json(tmp_path / "generation_config.json", {"decoder_start_token_id": 9})
+    assert io.load(tmp_path).token_ids.decoder_start == 9
 
 
 def test_a_bart_without_a_bias_of_logits(tmp_path):
@@ -107,6 +194,17 @@ def test_twins_that_differ_are_refused(tmp_path):
         CheckpointError, match=r"lm_head\.weight differs from model\.shared\.weight, and config\.json says that they"
     ):
         io.load(tmp_path)
+
+
+def test_what_a_config_leaves_out_is_that_of_transformers():
+    """transformers' own defaults are t5-small and bart-large."""
+    assert t5.Config.from_hf(transformers.T5Config().to_dict()) == t5.PRESETS["t5-small"]
+    assert bart.Config.from_hf(transformers.BartConfig().to_dict()) == bart.PRESETS["bart-large"]
+    fields, needed = transformers.T5Config().to_dict(), ("vocab_size", "d_model", "num_layers", "num_heads", "d_kv", "d_ff")
+    assert t5.Config.from_hf({name: fields[name] for name in needed}) == t5.PRESETS["t5-small"]
+    optional = ("max_position_embeddings", "activation_function", "scale_embedding", "tie_word_embeddings")
+    fields = {k: v for k, v in transformers.BartConfig().to_dict().items() if k not in optional}
+    assert bart.Config.from_hf(fields) == bart.PRESETS["bart-large"]
 
 
 @pytest.mark.parametrize(

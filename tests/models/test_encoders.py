@@ -6,15 +6,25 @@ from dataclasses import replace
 
 import pytest
 import torch
+import torch.nn.functional as F
 import transformers
 from safetensors.torch import load_file, save_file
 
 from athanor.core.errors import CheckpointError, ConfigError
+from athanor.core.io import read_json, write_json
 from athanor.models import bert, io, roberta
 from athanor.nn.context import Bidirectional, Padded
-from tests.models.reference import config_of, files, greatest, random_ids, theirs_of
+from tests.models.reference import (
+    config_of,
+    files,
+    gradients_of_ours,
+    gradients_of_theirs,
+    greatest,
+    random_ids,
+    theirs_of,
+)
 
-BERT = config_of(("bert", "tiny"))
+BERT, ROBERTA, LONGFORMER = (config_of((name, "tiny")) for name in ("bert", "roberta", "longformer"))
 
 
 def saved(cls, folder, config=BERT):
@@ -26,6 +36,14 @@ def saved(cls, folder, config=BERT):
             p.normal_(0.0, 0.15)
     theirs.save_pretrained(folder)
     return theirs
+
+
+def written_again(ours, folder):
+    """What `io.save` makes of a model that was read from a folder: the same tensors to the bit."""
+    (folder / "ours").mkdir()
+    io.save(ours, folder / "ours")
+    a, b = files(folder), files(folder / "ours")
+    assert a.keys() == b.keys() and all(torch.equal(a[k], b[k]) for k in a)
 
 
 def ids_and_segments():
@@ -43,14 +61,43 @@ def test_both_heads_of_pre_training(tmp_path):
         hidden = ours.hidden(ids, Bidirectional(3, 11), segments)
         assert greatest(ours.logits(hidden), expected.prediction_logits) <= 1e-5
         assert greatest(ours.next_sentence(hidden[:, 0]), expected.seq_relationship_logits) <= 1e-5
-    (tmp_path / "ours").mkdir()
-    io.save(ours, tmp_path / "ours")
-    a, b = files(tmp_path), files(tmp_path / "ours")
-    assert a.keys() == b.keys() and all(torch.equal(a[k], b[k]) for k in a)
+    written_again(ours, tmp_path)
     again, report = transformers.BertForPreTraining.from_pretrained(tmp_path / "ours", output_loading_info=True)
     assert not any(report.values())
     with torch.no_grad():
         assert torch.equal(again.eval()(ids, token_type_ids=segments).prediction_logits, expected.prediction_logits)
+
+
+def test_gradients_of_both_heads_of_pre_training(tmp_path):
+    theirs = saved(transformers.BertForPreTraining, tmp_path / "model")
+    ours = io.load(tmp_path / "model")
+    ids, segments = ids_and_segments()
+    words, follows = random_ids(BERT, 3, 11, seed=3), torch.tensor([0, 1, 1])
+    expected = theirs(ids, token_type_ids=segments, labels=words, next_sentence_label=follows).loss
+    expected.backward()
+    hidden = ours.hidden(ids, Bidirectional(3, 11), segments)
+    total, _ = ours.cross_entropy(hidden.flatten(0, 1), words.flatten())
+    loss = total / words.numel() + F.cross_entropy(ours.next_sentence(hidden[:, 0]), follows)
+    loss.backward()
+    assert loss.item() == pytest.approx(expected.item(), rel=1e-5)
+    mine, yours = gradients_of_ours(ours), gradients_of_theirs(theirs, tmp_path / "gradients")
+    assert mine.keys() == yours.keys()
+    floor = 1e-3 * max(float(grad.abs().max()) for grad in yours.values())
+    for name, grad in yours.items():
+        assert greatest(mine[name], grad) <= 1e-4 * max(float(grad.abs().max()), floor), name
+
+
+def test_a_file_of_pre_training_that_is_named_for_masked_tokens(tmp_path):
+    """As bert-base-uncased was published: its pooler and its head of next sentences are kept."""
+    theirs = saved(transformers.BertForPreTraining, tmp_path)
+    write_json(tmp_path / "config.json", read_json(tmp_path / "config.json") | {"architectures": ["BertForMaskedLM"]})
+    ours = io.load(tmp_path)
+    ids, segments = ids_and_segments()
+    with torch.no_grad():
+        hidden = ours.hidden(ids, Bidirectional(3, 11), segments)
+        expected = theirs(ids, token_type_ids=segments).seq_relationship_logits
+        assert greatest(ours.next_sentence(hidden[:, 0]), expected) <= 1e-5
+    written_again(ours, tmp_path)
 
 
 def test_next_sentences_alone(tmp_path):
@@ -63,15 +110,22 @@ def test_next_sentences_alone(tmp_path):
         assert greatest(ours.next_sentence(hidden[:, 0]), theirs(ids, token_type_ids=segments).logits) <= 1e-5
     with pytest.raises(ConfigError, match="this bert was saved without its language-model head"):
         ours.logits(hidden)
+    written_again(ours, tmp_path)
 
 
 @pytest.mark.parametrize("pooler", [True, False])
-def test_the_trunk_with_and_without_its_pooler(tmp_path, pooler):
+@pytest.mark.parametrize("kind", ["Bert", "Roberta", "XLMRoberta", "Camembert"])
+def test_the_trunk_with_and_without_its_pooler(tmp_path, kind, pooler):
+    name = {"XLMRoberta": "xlm-roberta"}.get(kind, kind.lower())
+    config = BERT if kind == "Bert" else replace(ROBERTA, variant=name)
     torch.manual_seed(0)
-    theirs = transformers.BertModel(transformers.AutoConfig.for_model(**BERT.to_hf()), add_pooling_layer=pooler).eval()
-    theirs.save_pretrained(tmp_path / "theirs")
-    ours = io.load(tmp_path / "theirs")
+    settings = transformers.AutoConfig.for_model(**config.to_hf())
+    theirs = getattr(transformers, f"{kind}Model")(settings, add_pooling_layer=pooler).eval()
+    theirs.save_pretrained(tmp_path)
+    ours = io.load(tmp_path)
+    assert ours.config == config and ours.task == "none"
     ids, segments = ids_and_segments()
+    segments = segments if config.n_segments > 1 else torch.zeros_like(segments)
     mask = torch.ones(3, 11, dtype=torch.int64)
     mask[1, 7:] = 0
     with torch.no_grad():
@@ -81,14 +135,50 @@ def test_the_trunk_with_and_without_its_pooler(tmp_path, pooler):
         if pooler:
             assert greatest(ours.pooled(hidden[:, 0]), expected.pooler_output) <= 1e-5
         else:
-            with pytest.raises(ConfigError, match="this bert was saved without its pooler: use `hidden`, or a checkpoint that"):
+            with pytest.raises(ConfigError, match=r"was saved without its pooler: use `hidden`, or a checkpoint that has one"):
                 ours.pooled(hidden[:, 0])
-    with pytest.raises(ConfigError, match="this bert was saved without its head of next sentences: use a checkpoint that has"):
+    with pytest.raises(ConfigError, match="was saved without its head of next sentences: use a checkpoint that has one"):
         ours.next_sentence(hidden[:, 0])
-    (tmp_path / "ours").mkdir()
-    io.save(ours, tmp_path / "ours")
-    a, b = files(tmp_path / "theirs"), files(tmp_path / "ours")
-    assert a.keys() == b.keys() and all(torch.equal(a[k], b[k]) for k in a)
+    written_again(ours, tmp_path)
+
+
+HEADS = [(BERT, "cls.predictions."), (ROBERTA, "lm_head."), (LONGFORMER, "lm_head.")]
+
+
+@pytest.mark.parametrize(("config", "head"), HEADS, ids=["bert", "roberta", "longformer"])
+def test_an_output_of_its_own_has_a_bias_of_its_own(tmp_path, config, head):
+    """As transformers 5 has it; a file of version 4 has one bias, which is the output's."""
+    theirs = theirs_of(replace(config, tied=False))
+    theirs.save_pretrained(tmp_path)
+    ours = io.load(tmp_path)
+    ids = random_ids(config, 2, 9)
+    biases = dict(theirs.named_parameters())
+    with torch.no_grad():
+        assert greatest(biases[head + "bias"], biases[head + "decoder.bias"]) > 0.1
+        assert greatest(ours(ids), theirs(ids).logits) <= 1e-5
+        written_again(ours, tmp_path)
+        biases[head + "decoder.bias"].copy_(biases[head + "bias"])
+        tensors = load_file(tmp_path / "model.safetensors")
+        del tensors[head + "decoder.bias"]
+        save_file(tensors, tmp_path / "model.safetensors", {"format": "pt"})
+        old = io.load(tmp_path)
+        assert greatest(old(ids), theirs(ids).logits) <= 1e-5
+    assert old.to_hf(old.state_dict()).keys() == tensors.keys()
+
+
+@pytest.mark.parametrize(("config", "head"), HEADS, ids=["bert", "roberta", "longformer"])
+@pytest.mark.parametrize("leaf", ["weight", "bias"])
+def test_a_tied_output_that_is_there_twice_must_be_the_same(tmp_path, config, head, leaf):
+    theirs_of(config).save_pretrained(tmp_path)
+    tensors = load_file(tmp_path / "model.safetensors")
+    words = next(name for name in tensors if name.endswith("word_embeddings.weight"))
+    original = {"weight": words, "bias": head + "bias"}[leaf]
+    twin = f"{head}decoder.{leaf}"
+    save_file(tensors | {twin: tensors[original].clone()}, tmp_path / "model.safetensors", {"format": "pt"})
+    io.load(tmp_path)
+    save_file(tensors | {twin: tensors[original] + 1}, tmp_path / "model.safetensors", {"format": "pt"})
+    with pytest.raises(CheckpointError, match=re.escape(f"{twin} differs from {original}, and config.json says that they are")):
+        io.load(tmp_path)
 
 
 def test_segments_are_the_first_unless_told(tmp_path):
@@ -181,6 +271,20 @@ def test_published_configs_are_the_presets():
         "vocab_size": 50265,
     }
     assert roberta.Config.from_hf(uncased | base | {"pad_token_id": 1}) == roberta.PRESETS["roberta-base"]
+
+
+def test_what_a_config_leaves_out_is_that_of_transformers():
+    """transformers' own defaults are bert-base-uncased."""
+    assert bert.Config.from_hf(transformers.BertConfig().to_dict()) == bert.PRESETS["bert-base-uncased"]
+    needed = ("model_type", "vocab_size", "hidden_size", "num_hidden_layers", "num_attention_heads", "intermediate_size")
+    fields = transformers.BertConfig().to_dict()
+    assert bert.Config.from_hf({name: fields[name] for name in needed}) == bert.PRESETS["bert-base-uncased"]
+
+
+def test_a_roberta_with_no_room_for_a_token(tmp_path):
+    write_json(tmp_path / "config.json", ROBERTA.to_hf() | {"max_position_embeddings": 2})
+    with pytest.raises(CheckpointError, match=r"does not describe a roberta \(max_positions \(0\) must be at least 1\): copy it"):
+        io.load(tmp_path)
 
 
 def test_a_camembert_is_a_roberta(tmp_path):

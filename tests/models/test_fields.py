@@ -54,6 +54,14 @@ def test_refused(read, message):
         ({"rope_theta": 5, "rope_scaling": None}, {"rope_type": "default", "rope_theta": 5.0}),
         ({"rope_scaling": {"type": "linear", "factor": 2.0}}, {"rope_type": "linear", "factor": 2.0, "rope_theta": 10_000.0}),
         ({"rope_parameters": {"rope_type": "yarn", "rope_theta": 7.0}}, {"rope_type": "yarn", "rope_theta": 7.0}),
+        (
+            {
+                "rope_parameters": {"rope_theta": 7.0, "factor": 3.0},
+                "rope_scaling": {"type": "linear", "factor": 2.0},
+                "rope_theta": 5,
+            },
+            {"rope_type": "linear", "rope_theta": 7.0, "factor": 3.0},
+        ),
     ],
 )
 def test_rotary_settings_new_and_old(values, expected):

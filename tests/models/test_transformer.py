@@ -28,40 +28,40 @@ def random_model(preset):
     return model.eval()
 
 
+def in_torchs_names(model, of):
+    """`of` each of our parameters but the embeddings, fused and named as torch.nn.Transformer's."""
+    state = {}
+    for stack in ("encoder", "decoder"):
+        for i, block in enumerate(getattr(model, stack).blocks):
+            at, decodes = f"{stack}.layers.{i}.", stack == "decoder"
+            modules = {
+                "self_attn.out_proj.": block.attention.out,
+                "linear1.": block.feed_forward.up,
+                "linear2.": block.feed_forward.down,
+                "norm1.": block.attention_norm,
+                "norm3." if decodes else "norm2.": block.feed_forward_norm,
+            }
+            if decodes:
+                modules |= {"multihead_attn.out_proj.": block.cross.out, "norm2.": block.cross_norm}
+            for leaf in ("weight", "bias"):
+                state[f"{at}self_attn.in_proj_{leaf}"] = of(getattr(block.attention.qkv, leaf))
+                state |= {at + name + leaf: of(getattr(module, leaf)) for name, module in modules.items()}
+                if decodes:
+                    both = [of(getattr(module, leaf)) for module in (block.cross.query, block.cross.kv)]
+                    state[f"{at}multihead_attn.in_proj_{leaf}"] = torch.cat(both)
+    return state
+
+
 def theirs_of(model):
     """The same weights in torch's modules; the paper has no norm after the last block, which torch would add."""
     c = model.config
-    shapes = ((c.n_heads, c.d_ff, c.n_layers), (c.n_decoder_heads, c.d_decoder_ff, c.n_decoder_layers))
     common = {"dropout": 0.0, "activation": c.activation, "batch_first": True}
-    (h, f, n), (dh, df, dn) = shapes
-    encoder = nn.TransformerEncoder(nn.TransformerEncoderLayer(c.d_model, h, f, **common), n, enable_nested_tensor=False)
-    decoder = nn.TransformerDecoder(nn.TransformerDecoderLayer(c.d_model, dh, df, **common), dn)
-    theirs = nn.Transformer(c.d_model, h, custom_encoder=encoder, custom_decoder=decoder, batch_first=True)
-    state = {}
-    for stack, count in (("encoder", n), ("decoder", dn)):
-        for i in range(count):
-            ours, at = getattr(model, stack).blocks[i], f"{stack}.layers.{i}."
-            norms = {"norm1": ours.attention_norm}
-            state |= {
-                at + "self_attn.in_proj_weight": ours.attention.qkv.weight,
-                at + "self_attn.in_proj_bias": ours.attention.qkv.bias,
-            }
-            linears = {
-                "self_attn.out_proj": ours.attention.out,
-                "linear1": ours.feed_forward.up,
-                "linear2": ours.feed_forward.down,
-            }
-            if stack == "decoder":
-                cross = ours.cross
-                for leaf in ("weight", "bias"):
-                    both = torch.cat((getattr(cross.query, leaf), getattr(cross.kv, leaf)))
-                    state[at + f"multihead_attn.in_proj_{leaf}"] = both
-                linears["multihead_attn.out_proj"] = cross.out
-                norms["norm2"] = ours.cross_norm
-            norms["norm3" if stack == "decoder" else "norm2"] = ours.feed_forward_norm
-            for name, module in (linears | norms).items():
-                state |= {at + name + ".weight": module.weight, at + name + ".bias": module.bias}
-    theirs.load_state_dict({k: v.detach().clone() for k, v in state.items()})
+    layer = nn.TransformerEncoderLayer(c.d_model, c.n_heads, c.d_ff, **common)
+    encoder = nn.TransformerEncoder(layer, c.n_layers, enable_nested_tensor=False)
+    layer = nn.TransformerDecoderLayer(c.d_model, c.n_decoder_heads, c.d_decoder_ff, **common)
+    decoder = nn.TransformerDecoder(layer, c.n_decoder_layers)
+    theirs = nn.Transformer(c.d_model, c.n_heads, custom_encoder=encoder, custom_decoder=decoder, batch_first=True)
+    theirs.load_state_dict(in_torchs_names(model, lambda p: p.detach().clone()))
     return theirs.eval()
 
 
@@ -74,12 +74,13 @@ def embedded(model, ids):
     return model.embedding.weight[ids] * d**0.5 + table
 
 
-def their_logits(model, theirs, source, answer, mask=None):
+def their_logits(model, theirs, source, answer, mask=None, after=None):
     causal = torch.ones(answer.shape[1], answer.shape[1], dtype=torch.bool).triu(1)
     padding = None if mask is None else ~mask
+    after = None if after is None else ~after
     hidden = theirs(
         embedded(model, source), embedded(model, answer), tgt_mask=causal, tgt_is_causal=False,
-        src_key_padding_mask=padding, memory_key_padding_mask=padding,
+        src_key_padding_mask=padding, memory_key_padding_mask=padding, tgt_key_padding_mask=after,
     )  # fmt: skip
     return hidden @ model.output_weight.t()
 
@@ -115,6 +116,27 @@ def test_padding_of_sources(preset):
 
 
 @pytest.mark.parametrize("preset", CASES)
+def test_padding_of_answers(preset):
+    model = random_model(preset)
+    theirs = theirs_of(model)
+    source, answer = random_ids(model.config, 3, 11), random_ids(model.config, 3, 7, seed=2)
+    after = torch.ones(3, 7, dtype=torch.bool)
+    after[1, 5:] = False
+    after[2, 1:] = False
+    given = {"input_ids": source, "decoder_input_ids": answer}
+    with torch.no_grad():
+        expected = their_logits(model, theirs, source, answer, after=after)
+        assert greatest(logits(model, given, {"decoder_attention_mask": after})[after], expected[after]) <= 1e-5
+        alone = logits(model, {"input_ids": source[:1], "decoder_input_ids": answer[:1, :5]})
+        shifted = {
+            "input_ids": source[:1],
+            "decoder_input_ids": torch.cat((torch.zeros(1, 2, dtype=torch.int64), answer[:1, :5]), 1),
+        }
+        side = {"decoder_attention_mask": torch.tensor([[False] * 2 + [True] * 5])}
+        assert greatest(logits(model, shifted, side)[:, 2:], alone) <= 1e-5
+
+
+@pytest.mark.parametrize("preset", CASES)
 def test_smoothed_loss_and_every_gradient_are_torchs(preset):
     model = random_model(preset).train()
     theirs = theirs_of(model)
@@ -134,17 +156,9 @@ def test_smoothed_loss_and_every_gradient_are_torchs(preset):
     pairs = {"embedding": (model.embedding.weight.grad, words.grad)}
     if model.head is not None:
         pairs["head"] = (model.head.weight.grad, head.grad)
-    grads = {n: p.grad for n, p in theirs.named_parameters()}
-    for stack in ("encoder", "decoder"):
-        for i, block in enumerate(getattr(model, stack).blocks):
-            at = f"{stack}.layers.{i}."
-            pairs[at + "qkv"] = (block.attention.qkv.weight.grad, grads[at + "self_attn.in_proj_weight"])
-            pairs[at + "down"] = (block.feed_forward.down.weight.grad, grads[at + "linear2.weight"])
-            pairs[at + "norm"] = (block.attention_norm.weight.grad, grads[at + "norm1.weight"])
-            if stack == "decoder":
-                both = torch.cat((block.cross.query.weight.grad, block.cross.kv.weight.grad))
-                pairs[at + "cross"] = (both, grads[at + "multihead_attn.in_proj_weight"])
-    assert len(pairs) > 14
+    grads = in_torchs_names(model, lambda p: p.grad)
+    assert grads.keys() == dict(theirs.named_parameters()).keys()
+    pairs |= {name: (grads[name], p.grad) for name, p in theirs.named_parameters()}
     for name, (mine, yours) in pairs.items():
         assert greatest(mine, yours) <= 1e-4 * float(yours.abs().max()), name
     model.eval()
@@ -178,6 +192,24 @@ def test_cached_is_uncached(preset):
 
 
 @pytest.mark.parametrize("preset", CASES)
+def test_greedy_answers_are_a_plain_loops(preset):
+    model = random_model(preset)
+    if model.head is not None:  # or its answers would repeat one token
+        model.embedding.weight.data.mul_(4)
+    sources = random_ids(model.config, 3, 6)
+    plain = torch.full((3, 1), 2)
+    with torch.no_grad():
+        for _ in range(40):
+            plain = torch.cat((plain, model(sources, plain)[:, -1:].argmax(2)), 1)
+    runner = Runner(model)
+    tokens = [runner.prefill([[2]] * 3, 0, sources.tolist()).argmax(1).tolist()]
+    for step in range(39):
+        tokens.append(runner.decode(tokens[-1], [1 + step] * 3).argmax(1).tolist())
+    assert torch.tensor(tokens).T.tolist() == plain[:, 1:].tolist()
+    assert len(plain.unique()) > 5 and len({tuple(row) for row in plain.tolist()}) == 3
+
+
+@pytest.mark.parametrize("preset", CASES)
 def test_files(preset, tmp_path):
     model = random_model(preset)
     io.save(model, tmp_path)
@@ -194,6 +226,13 @@ def test_answers_begin_with_the_beginning_of_a_text(tmp_path):
     io.save(random_model("tiny"), tmp_path)
     write_json(tmp_path / "config.json", read_json(tmp_path / "config.json") | {"bos_token_id": 5})
     assert io.load(tmp_path).token_ids.decoder_start == 5
+
+
+def test_a_config_is_what_its_file_says():
+    config = Config(9, 8, 1, 2, 3, 4, 1, 5, 6, "silu", False, False, 0.25)
+    assert Config.from_hf(config.to_hf()) == config
+    fields = {k: v for k, v in PRESETS["tiny"].to_hf().items() if k not in ("scale_embedding", "label_smoothing")}
+    assert Config.from_hf(fields | {"activation_function": None}) == PRESETS["tiny"]  # as in the paper where it says nothing
 
 
 def test_fresh_weights():

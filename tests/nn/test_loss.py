@@ -149,9 +149,9 @@ def test_token_logprobs_at_temperature_1_are_the_cross_entropy():
     assert -logprobs.sum().item() == pytest.approx(total.item(), rel=1e-6)
 
 
-@pytest.mark.parametrize("smoothing", [0.1, 0.9])
+@pytest.mark.parametrize("smoothing", [0.0, 0.1, 0.9])
 @pytest.mark.parametrize("softcap", [None, 3.0])
-def test_smoothed_targets_with_bias_and_cap_are_pytorchs(chunks, smoothing, softcap):
+def test_bias_cap_and_smoothed_targets_are_pytorchs(chunks, smoothing, softcap):
     hidden, weight, targets = data(23)
     bias = torch.randn(VOCAB, generator=torch.Generator().manual_seed(1)).requires_grad_()
     total, correct = linear_cross_entropy(hidden, weight, targets, bias, softcap, smoothing)
@@ -167,3 +167,23 @@ def test_smoothed_targets_with_bias_and_cap_are_pytorchs(chunks, smoothing, soft
     assert int(correct) == int((logits.argmax(1) == targets).sum())
     for grad, tensor in zip(mine, (hidden, weight, bias), strict=True):
         assert torch.allclose(grad, tensor.grad, atol=1e-5, rtol=1e-4)
+
+
+@pytest.mark.parametrize("biased", [True, False])
+@pytest.mark.parametrize("softcap", [None, 3.0])
+def test_token_logprobs_with_bias_and_cap(chunks, biased, softcap):
+    hidden, weight, targets = data(23)
+    generator = torch.Generator().manual_seed(2)
+    bias = torch.randn(VOCAB, generator=generator).requires_grad_() if biased else None
+    temperature, upstream = 0.3 + torch.rand(23, generator=generator), torch.randn(23, generator=generator)
+    given = (hidden, weight) if bias is None else (hidden, weight, bias)
+    logprobs, entropy = token_logprobs(hidden, weight, targets, temperature, bias, softcap)
+    mine = torch.autograd.grad(logprobs, given, upstream)
+    logits = hidden @ weight.T if bias is None else hidden @ weight.T + bias
+    logits = logits if softcap is None else torch.tanh(logits / softcap) * softcap
+    distribution = torch.distributions.Categorical(logits=logits / temperature[:, None])
+    expected = distribution.log_prob(targets)
+    torch.testing.assert_close(logprobs, expected, rtol=1e-5, atol=1e-5)
+    torch.testing.assert_close(entropy, distribution.entropy().detach(), rtol=1e-5, atol=1e-5)
+    for ours, theirs in zip(mine, torch.autograd.grad(expected, given, upstream), strict=True):
+        torch.testing.assert_close(ours, theirs, rtol=1e-4, atol=1e-5 * float(theirs.abs().max()))

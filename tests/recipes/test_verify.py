@@ -124,3 +124,47 @@ def test_the_error_is_of_its_own_kind(folder, monkeypatch):
     monkeypatch.setattr(verify, "verify", lambda lm: [verify.Finding("L4", "resumed", 3.0)])
     with pytest.raises(VerificationError, match=r"breaks 1 of 1 checks \(L4, resumed: 3, and at most 0 is allowed\)"):
         verify.main(verify.Config(folder))
+
+
+@pytest.mark.parametrize("case", [("bert", "tiny"), ("t5", "tiny"), ("rnn_lm", "tiny"), ("mixtral", "tiny")], ids="-".join)
+def test_other_families_are_asked_what_can_be_asked_of_them(tmp_path, case, capsys):
+    """Without a tokenizer: files, packing, and training where the family is a decoder."""
+    from athanor.core import plugins
+    from athanor.models import io
+
+    model = io.build(case[0], plugins.load("models", case[0]).PRESETS[case[1]], seed=0)
+    folder = LM(model.eval(), None).save(tmp_path / "model")
+    status, out, err = run(capsys, folder, "--json")
+    assert status == 0, err
+    findings = {(f["law"], f["compared"].split(":")[0]): f for f in json.loads(out)["findings"]}
+    assert findings["L1", "our ids and those of the saved template"]["skipped"] == "the tokenizer is not ours"
+    assert not findings["L7", "saved and loaded again"]["skipped"]
+    assert bool(findings["L7", "ours and transformers"]["skipped"]) == (case[0] == "rnn_lm")
+    assert not findings["L3", "packed and separate"]["skipped"]
+    if case[0] in ("bert", "t5"):
+        assert findings["L6", "rollout and trainer"]["skipped"] == f"the model is of the kind {model.kind!r}"
+    else:
+        assert findings["L2", "cached and uncached"]["skipped"] == "the model has no tokenizer"
+        assert any(f["law"] == "L4" and not f["skipped"] for f in findings.values())
+
+
+def test_a_model_with_a_tokenizer_of_its_own(tmp_path, capsys):
+    from tests.test_families import byte_level, made
+
+    made(("qwen3", "tiny"), tmp_path / "theirs", byte_level)
+    status, out, err = run(capsys, tmp_path / "theirs", "--json")
+    assert status == 0, err
+    findings = json.loads(out)["findings"]
+    assert [f["law"] for f in findings] == ["L1", "L2", "L2", "L3", "L3", "L4", "L6", "L7", "L7"]
+    assert [f["law"] for f in findings if f["skipped"]] == ["L1"]
+
+
+def test_a_wrong_packing_of_an_encoder_is_found(tmp_path, capsys, monkeypatch):
+    from athanor.models import io
+    from tests.models.reference import config_of
+
+    folder = LM(io.build("bert", config_of(("bert", "tiny")), seed=0).eval(), None).save(tmp_path / "model")
+    true = verify.laws.Packed
+    monkeypatch.setattr(verify.laws, "Packed", lambda lengths, causal: true(lengths.flip(0), causal))
+    status, _, err = run(capsys, folder)
+    assert status == 1 and "L3, packed and separate: hidden states of" in err

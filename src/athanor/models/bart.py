@@ -9,6 +9,7 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
+from athanor.core.errors import ConfigError
 from athanor.models import _seq2seq
 from athanor.models.fields import Fields
 
@@ -17,7 +18,15 @@ _OFFSET = 2  # the table's first rows are never used
 
 @dataclass(frozen=True)
 class Config(_seq2seq.Config):
-    """Shape of a BART: what every encoder-decoder with absolute positions has (`_seq2seq.Config`)."""
+    """Shape of a BART: what every encoder-decoder with absolute positions has (`_seq2seq.Config`), always tied."""
+
+    def __post_init__(self) -> None:
+        super().__post_init__()
+        if not self.tied:
+            raise ConfigError(
+                "tied (False) must be True: transformers leaves the embeddings of both stacks apart otherwise, and this model has"
+                " one for both"
+            )
 
     def to_hf(self) -> dict[str, Any]:
         """The fields of Hugging Face's BartConfig."""

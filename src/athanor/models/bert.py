@@ -7,7 +7,7 @@ Legend: B batch, T time, D width (d_model), V vocabulary, H heads, K head width,
 from __future__ import annotations
 
 from collections.abc import Callable, Mapping
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from typing import Any, ClassVar
 
 import torch
@@ -16,7 +16,7 @@ from torch import Tensor, nn
 from athanor.core.errors import ConfigError
 from athanor.models.base import Encoder
 from athanor.models.fields import Fields
-from athanor.models.keys import Entry, Fused
+from athanor.models.keys import Entry, Fused, entry
 from athanor.nn.attention import Attention
 from athanor.nn.context import Context
 from athanor.nn.feedforward import ACTIVATIONS, FeedForward
@@ -153,7 +153,7 @@ class Model(Encoder):
     model_type = "bert"
     prefix = "bert."
     lm_modules = ("masked", "output", "following")
-    harmless = (r"bert\.embeddings\.position_ids", r"embeddings\.position_ids")
+    harmless: ClassVar[tuple[str, ...]] = (r"bert\.embeddings\.position_ids", r"embeddings\.position_ids")
     renamed = ((r"\.gamma$", ".weight"), (r"\.beta$", ".bias"))
     shift = 0  # of positions in their table
     head_activation: str | None = None  # of the head of masked tokens, where it is not the config's
@@ -170,7 +170,7 @@ class Model(Encoder):
         self.blocks = nn.ModuleList(Block(c, self.make_attention(layer)) for layer in range(c.n_layers))
         self.pooler: nn.Linear | None = None
         self.masked: MaskedTokens | None = MaskedTokens(c, self.head_activation or c.activation)
-        self.output: nn.Linear | None = None if c.tied else nn.Linear(c.d_model, c.vocab_size, bias=False)
+        self.output: nn.Linear | None = None if c.tied else nn.Linear(c.d_model, c.vocab_size)
         self.following: nn.Linear | None = None
 
     def make_attention(self, layer: int) -> nn.Module:
@@ -184,6 +184,8 @@ class Model(Encoder):
             self.pooler = nn.Linear(self.config.d_model, self.config.d_model)
         if holds("cls.seq_relationship.weight"):
             self.following = nn.Linear(self.config.d_model, 2)
+        if self.output is not None and not holds(f"{entry(self.head_keys()['output']).names[0]}.bias"):
+            self.output.register_parameter("bias", None)  # older files have one bias, the head's
         if architecture.endswith("ForNextSentencePrediction"):
             self.task = "following"
             self.masked = self.output = None
@@ -233,6 +235,9 @@ class Model(Encoder):
 
     @property
     def output_bias(self) -> Tensor | None:
+        # An output of its own has a bias of its own too; transformers then leaves the head's in the file, and out of the sum.
+        if self.output is not None and self.output.bias is not None:
+            return self.output.bias
         assert self.masked is not None
         return self.masked.bias
 
@@ -277,9 +282,12 @@ class Model(Encoder):
         return twins | (words if self.output is None else {})
 
 
+_TINY = Config(320, 32, 2, 4, 48, 128)
+
 PRESETS = {
-    "tiny": Config(320, 32, 2, 4, 48, 128),
+    "tiny": _TINY,
     "tiny-relu": Config(320, 32, 2, 2, 48, 128, n_segments=3, norm_eps=1e-3, activation="relu"),
+    "tiny-untied": replace(_TINY, tied=False),
     "bert-base-uncased": Config(30522, 768, 12, 12, 3072),
     "bert-large-uncased": Config(30522, 1024, 24, 16, 4096),
     "bert-base-chinese": Config(21128, 768, 12, 12, 3072),

@@ -100,7 +100,7 @@ class Model(roberta.Model):
 
     model_type = "longformer"
     prefix = "longformer."
-    harmless = (r"(?:longformer\.)?embeddings\.position_ids", r"lm_head\.decoder\.bias")
+    harmless = (r"(?:longformer\.)?embeddings\.position_ids",)
     global_tokens: Literal["none", "first"] = "none"
     config: Config
 

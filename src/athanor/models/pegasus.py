@@ -17,7 +17,7 @@ from athanor.nn.positions import sinusoids
 
 @dataclass(frozen=True)
 class Config(bart.Config):
-    """Shape of a Pegasus: what every encoder-decoder with absolute positions has (`_seq2seq.Config`)."""
+    """Shape of a Pegasus: what every encoder-decoder with absolute positions has (`_seq2seq.Config`), always tied."""
 
     def __post_init__(self) -> None:
         super().__post_init__()

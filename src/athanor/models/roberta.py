@@ -59,7 +59,7 @@ class Model(bert.Model):
     model_type = "roberta"
     prefix = "roberta."
     head_activation = "gelu"
-    harmless = (r"(?:roberta\.)?embeddings\.position_ids", r"lm_head\.decoder\.bias")
+    harmless = (r"(?:roberta\.)?embeddings\.position_ids",)
     config: Config
 
     def __init__(self, config: Config) -> None:
@@ -85,6 +85,7 @@ _TINY = Config(320, 32, 2, 4, 48, 128)
 PRESETS = {
     "tiny": _TINY,
     "tiny-xlm": replace(_TINY, variant="xlm-roberta", n_heads=2, pad_id=0, activation="gelu_new"),
+    "tiny-untied": replace(_TINY, tied=False),
     "roberta-base": Config(50265, 768, 12, 12, 3072, 512),
     "roberta-large": Config(50265, 1024, 24, 16, 4096, 512),
     "xlm-roberta-base": Config(250002, 768, 12, 12, 3072, 512, variant="xlm-roberta"),

@@ -12,7 +12,7 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
-from athanor.core.errors import ConfigError
+from athanor.core.errors import CheckpointError, ConfigError
 from athanor.models.base import EncoderDecoder
 from athanor.models.fields import Fields
 from athanor.models.keys import Entry, Fused
@@ -199,6 +199,11 @@ class Model(EncoderDecoder):
         return Block(self.config, kind(self.config.d_model, self.config.d_ff, activation, bias=False), decoder)
 
     def become(self, architecture: str, holds: Callable[[str], bool]) -> None:
+        if architecture.endswith("EncoderModel"):
+            raise CheckpointError(
+                f"config.json: architectures names {architecture!r}, which has no decoder, and a {self.model_type} is read whole:"
+                " use a checkpoint of the whole model, whose encoder `encode` runs alone"
+            )
         super().become(architecture, holds)
         if not holds("lm_head.weight"):  # transformers 5 ties the output even where it does not scale for it
             self.head = None

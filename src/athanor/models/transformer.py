@@ -45,7 +45,8 @@ class Config(_seq2seq.Config):
     @classmethod
     def from_hf(cls, values: Mapping[str, Any]) -> Config:
         """From the fields of config.json. Raises CheckpointError where one is missing or of the wrong kind."""
-        fields = Fields(values, "transformer")
+        paper = {"activation_function": "relu", "scale_embedding": True}  # where a file says nothing
+        fields = Fields(paper | {k: v for k, v in values.items() if v is not None}, "transformer")
         return cls(**_seq2seq.common(fields), label_smoothing=fields.float("label_smoothing", 0.1))
 
 
