@@ -34,6 +34,20 @@ def test_an_output_of_its_own_is_not_scaled(tmp_path):
     assert not ours.config.tied
 
 
+def test_an_output_that_is_tied_and_not_scaled(tmp_path):
+    """What transformers 5 makes of tie_word_embeddings false where nothing was loaded: its files say so in two fields."""
+    config = replace(T5, tied=False)
+    theirs = theirs_of(config)
+    theirs.save_pretrained(tmp_path)
+    fields = read_json(tmp_path / "config.json")
+    assert fields["tie_word_embeddings"] is True and fields["scale_decoder_outputs"] is False
+    ours = io.load(tmp_path)
+    assert ours.config == config and ours.head is None
+    source, answer = random_ids(config, 2, 9), random_ids(config, 2, 5)
+    with torch.no_grad():
+        assert greatest(ours(source, answer), theirs(source, decoder_input_ids=answer).logits) <= 1e-5
+
+
 def test_they_read_an_output_of_its_own(tmp_path):
     config = replace(config_of(("t5", "tiny-gated")), tied=False)
     ours = io.build("t5", config, seed=0).eval()
