@@ -149,7 +149,7 @@ class LM:
 
     def _room(self, ids: Sequence[int]) -> int:
         context: int = getattr(self.config, "cached_positions", self.config.max_positions)
-        return context - (1 if self.model.kind == "encoder_decoder" else len(ids))
+        return context - len(self.model.token_ids.start if self.model.kind == "encoder_decoder" else ids)
 
     def _search(self, prompt: Prompt, params: dict[str, Any]) -> Completion:
         for name in params:

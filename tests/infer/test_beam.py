@@ -9,7 +9,12 @@ from transformers import GenerationConfig
 
 from athanor.core.errors import ConfigError, RequestError
 from athanor.infer.beam import Beams, beam_search
+from athanor.infer.engine import Engine
+from athanor.models import io
+from athanor.tokenizer.foreign import ForeignTokenizer
+from athanor.types import Request, SamplingParams
 from tests.models.reference import config_of, ours_of, random_ids, theirs_of
+from tests.tokenizer.test_foreign import word_pieces
 
 FAMILIES = [
     ("t5", "tiny"),
@@ -48,6 +53,35 @@ def test_the_answers_of_transformers(case, length_penalty, early_stopping, tmp_p
         assert found.score == pytest.approx(float(expected.sequences_scores[0]), abs=1e-4)
         ends.append(len(found.ids))
     assert min(ends) < 24 or (length_penalty > 1 and not early_stopping)  # which favours the longest
+
+
+@pytest.mark.parametrize("beams", [1, 4])
+def test_a_first_token_that_is_forced(beams, tmp_path):
+    """As in the files of BART: it follows the start, and is no part of what we call the answer."""
+    theirs = theirs_of(config_of(("bart", "tiny")))
+    theirs.config.decoder_start_token_id = 2
+    theirs.generation_config = GenerationConfig(forced_bos_token_id=9, decoder_start_token_id=2)
+    theirs.save_pretrained(tmp_path / "m")
+    model = io.load(tmp_path / "m")
+    assert model.token_ids.start == (2, 9)
+    prompt = random_ids(model.config, 7)
+    settings = GenerationConfig(
+        max_new_tokens=12, num_beams=beams, do_sample=False, pad_token_id=0, decoder_start_token_id=2, forced_bos_token_id=9
+    )  # fmt: skip
+    expected = theirs.generate(prompt[None], settings, attention_mask=torch.ones(1, 7, dtype=torch.int64))[0].tolist()
+    assert expected[:2] == [2, 9]
+    assert list(beam_search(model, prompt.tolist(), Beams(beams, 11), ()).ids) == expected[2:]
+    if beams == 1:
+        word_pieces(tmp_path / "m")
+        answer = Engine(model, ForeignTokenizer.load(tmp_path / "m")).generate(
+            [Request("0", prompt.tolist(), SamplingParams(temperature=0, max_tokens=11))]
+        )
+        assert list(answer[0].ids) == expected[2:]
+    (tmp_path / "again").mkdir()
+    io.save(model, tmp_path / "again")
+    assert io.load(tmp_path / "again").token_ids == model.token_ids
+    again = type(theirs).from_pretrained(tmp_path / "again")
+    assert again.generation_config.forced_bos_token_id == 9
 
 
 def test_with_every_answer_followed_it_is_the_most_probable_of_all(tiny):

@@ -68,12 +68,12 @@ def beam_search(model: CausalLM | EncoderDecoder, prompt: Sequence[int], how: Be
     """
     start, sources = list(prompt), None
     if isinstance(model, EncoderDecoder):
-        first = model.token_ids.decoder_start
-        if first is None:
+        start = list(model.token_ids.start)
+        if not start:
             raise ConfigError(
                 "the model's config.json names no decoder_start_token_id, with which an encoder-decoder's answers begin: add it"
             )
-        start, sources = [first], [list(prompt)] * how.beams
+        sources = [list(prompt)] * how.beams
     _check(model, prompt, start, how)
     kept = max(2, 1 + len(eos)) * how.beams  # so many that even if all beams end, as many go on
     if how.beams > model.config.vocab_size - len(eos):

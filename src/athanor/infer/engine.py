@@ -72,13 +72,12 @@ class Engine:
         self._ids: set[str] = set()
         self._start: tuple[int, ...] = ()  # what answers begin with, where the prompt is a source
         if isinstance(model, EncoderDecoder):
-            start = model.token_ids.decoder_start
-            if start is None:
+            self._start = model.token_ids.start
+            if not self._start:
                 raise ConfigError(
                     "the model's config.json names no decoder_start_token_id, with which an encoder-decoder's answers begin:"
                     " add it"
                 )
-            self._start = (start,)
 
     @property
     def has_work(self) -> bool:

@@ -45,12 +45,19 @@ class TokenIds:
     eos            each of these ends one
     pad            fills rows
     decoder_start  what an encoder-decoder's answer starts with
+    forced_bos     what comes next in its answers, whatever the model thinks (BART)
     """
 
     bos: int | None = None
     eos: tuple[int, ...] = ()
     pad: int | None = None
     decoder_start: int | None = None
+    forced_bos: int | None = None
+
+    @property
+    def start(self) -> tuple[int, ...]:
+        """What an encoder-decoder's answers begin with; () where its files do not say."""
+        return tuple(x for x in (self.decoder_start, self.forced_bos) if x is not None) if self.decoder_start is not None else ()
 
 
 class LanguageModel(nn.Module):

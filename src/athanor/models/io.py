@@ -20,7 +20,7 @@ from athanor.models.keys import entry
 
 WEIGHTS = "model.safetensors"
 _SHOWN = 6  # names listed in an error before it says how many more there are
-_TOKENS = ("bos_token_id", "eos_token_id", "pad_token_id", "decoder_start_token_id")
+_TOKENS = ("bos_token_id", "eos_token_id", "pad_token_id", "decoder_start_token_id", "forced_bos_token_id")
 _SHARD = 5_000_000_000  # bytes
 # Fields of config.json that a folder written anew must not inherit.
 _OWN = ("quantization_config", "auto_map", "transformers_version", "_name_or_path", "torch_dtype")
@@ -82,7 +82,11 @@ def save(model: LanguageModel, folder: Path, extra: Mapping[str, Any] | None = N
     fields = {k: v for k, v in model.fields.items() if k not in _OWN} | model.config.to_hf()
     if model.fields.get("architectures"):
         fields["architectures"] = model.fields["architectures"]
-    io.write_json(folder / "config.json", fields | _token_fields(model.token_ids) | {"dtype": dtype} | dict(extra or {}))
+    ids = _token_fields(model.token_ids)
+    if model.token_ids.forced_bos is not None:  # transformers wants it beside config.json, not in it
+        io.write_json(folder / "generation_config.json", ids)
+        ids.pop(_TOKENS[-1])
+    io.write_json(folder / "config.json", fields | ids | {"dtype": dtype} | dict(extra or {}))
 
 
 def weights_hash(folder: Path) -> str | None:
@@ -93,7 +97,7 @@ def weights_hash(folder: Path) -> str | None:
 
 def _token_fields(ids: TokenIds) -> dict[str, Any]:
     eos = ids.eos[0] if len(ids.eos) == 1 else list(ids.eos) or None
-    fields = {"bos_token_id": ids.bos, "eos_token_id": eos, "pad_token_id": ids.pad, "decoder_start_token_id": ids.decoder_start}
+    fields = dict(zip(_TOKENS, (ids.bos, eos, ids.pad, ids.decoder_start, ids.forced_bos), strict=True))
     return {name: value for name, value in fields.items() if value is not None}
 
 
@@ -110,7 +114,7 @@ def _token_ids(fields: Mapping[str, Any]) -> TokenIds:
     several = eos if isinstance(eos, list) else [] if eos is None else [eos]
     if not all(isinstance(x, int) and not isinstance(x, bool) and x >= 0 for x in several):
         raise CheckpointError(f"config.json: eos_token_id is {eos!r} and must be a token id or a list of them: copy it again")
-    return TokenIds(one("bos_token_id"), tuple(several), one("pad_token_id"), one("decoder_start_token_id"))
+    return TokenIds(one("bos_token_id"), tuple(several), *(one(name) for name in _TOKENS[2:]))
 
 
 def read_config(folder: Path) -> dict[str, Any]:

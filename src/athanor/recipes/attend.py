@@ -84,15 +84,15 @@ def _ids(lm: LM, config: Config) -> tuple[Tensor, Tensor | None]:
     ids = lm.prompt_ids(config.text)
     answer: list[int] | None = None
     if lm.model.kind == "encoder_decoder":
-        start = lm.model.token_ids.decoder_start
-        if start is None:
+        start = lm.model.token_ids.start
+        if not start:
             raise ConfigError(f"{lm.name} does not say what its answers begin with: add decoder_start_token_id to config.json")
         written = (
             lm.complete(config.text, temperature=0, max_tokens=32).ids
             if config.answer is None
             else lm.tokenizer.encode(config.answer)
         )
-        answer = [start, *written]
+        answer = [*start, *written]
     elif config.answer is not None:
         raise ConfigError(f"answer ({config.answer!r}) is for encoder-decoders, and {lm.name} reads one text: leave it out")
     for what, found in (("text", ids), ("answer", answer or [])):
