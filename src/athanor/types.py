@@ -47,6 +47,24 @@ class Pair:
 
 
 @dataclass(slots=True)
+class Source:
+    """What an encoder reads beside a Batch's sequences: a text for each, laid end to end like them.
+
+    M = tokens of all sources together, S = sequences of the batch.
+
+    ids      (M,) int64    tokens
+    lengths  (S,) int64    tokens of each source, at least 1; sums to M. Source i belongs to sequence i of the batch
+    """
+
+    ids: torch.Tensor
+    lengths: torch.Tensor
+
+    def to(self, device: torch.device) -> Source:
+        """The same on `device`."""
+        return Source(self.ids.to(device), self.lengths.to(device))
+
+
+@dataclass(slots=True)
 class Batch:
     """Sequences laid end to end without padding, the input of every objective.
 
@@ -58,6 +76,7 @@ class Batch:
     lengths  (S,) int64    tokens of each sequence; sums to N. Attention never crosses sequences
     extras   named tensors that an objective asks for, (N,) or (S,) each (old log-probabilities, advantages ...)
     origin   where the sequences come from, for error messages and for the record of a bad batch
+    source   what an encoder-decoder reads; its sequences here are the answers
     """
 
     ids: torch.Tensor
@@ -65,11 +84,13 @@ class Batch:
     lengths: torch.Tensor
     extras: dict[str, torch.Tensor] = field(default_factory=dict)
     origin: str = ""
+    source: Source | None = None
 
     def to(self, device: torch.device) -> Batch:
         """The same batch on `device`."""
         extras = {name: values.to(device) for name, values in self.extras.items()}
-        return Batch(self.ids.to(device), self.labels.to(device), self.lengths.to(device), extras, self.origin)
+        source = None if self.source is None else self.source.to(device)
+        return Batch(self.ids.to(device), self.labels.to(device), self.lengths.to(device), extras, self.origin, source)
 
 
 @dataclass(frozen=True, slots=True)

@@ -14,7 +14,7 @@ import torch.nn.functional as F
 
 from athanor.core.errors import ConfigError, DataError
 from athanor.data.shards import TokenShard
-from athanor.types import IGNORE, Batch
+from athanor.types import IGNORE, Batch, Source
 
 
 class Tokens(Protocol):
@@ -46,14 +46,17 @@ def pack(sequences: Iterable[Tokens], origin: str = "") -> Batch:
 
 
 def join(batches: Sequence[Batch]) -> Batch:
-    """Several batches as one; extras that not all of them have are refused by assertion."""
+    """Several batches as one; extras and sources that not all of them have are refused by assertion."""
     assert all(b.extras.keys() == batches[0].extras.keys() for b in batches)
+    sources = [b.source for b in batches if b.source is not None]
+    assert len(sources) in (0, len(batches))
     return Batch(
         ids=torch.cat([b.ids for b in batches]),
         labels=torch.cat([b.labels for b in batches]),
         lengths=torch.cat([b.lengths for b in batches]),
         extras={k: torch.cat([b.extras[k] for b in batches]) for k in batches[0].extras},
         origin=" + ".join(b.origin for b in batches),
+        source=Source(torch.cat([s.ids for s in sources]), torch.cat([s.lengths for s in sources])) if sources else None,
     )
 
 
@@ -61,10 +64,16 @@ def fill(batch: Batch, multiple: int = 256) -> Batch:
     """The batch with one more sequence that nothing is learned from, so that its tokens are a multiple of `multiple`.
 
     Batches of ever new sizes make oneDNN prepare code for each, which takes a sixth of a step and is kept (docs/log.md).
+    Sources are filled up likewise, by that of the added sequence.
     """
     missing = -len(batch.ids) % multiple
-    if missing == 0:
+    source = batch.source
+    lacking = 0 if source is None else -len(source.ids) % multiple
+    if missing == 0 and lacking == 0:
         return batch
+    if source is not None:  # a sequence has a source, so neither can be added alone
+        missing, lacking = missing or multiple, lacking or multiple
+        source = Source(F.pad(source.ids, (0, lacking)), F.pad(source.lengths, (0, 1), value=lacking))
     extras = {
         k: F.pad(v, (0, missing if len(v) == len(batch.ids) else 1), value=1 if k == "temperature" else 0)
         for k, v in batch.extras.items()
@@ -75,7 +84,55 @@ def fill(batch: Batch, multiple: int = 256) -> Batch:
         lengths=F.pad(batch.lengths, (0, 1), value=missing),
         extras=extras,
         origin=batch.origin,
+        source=source,
     )
+
+
+def select(batch: Batch, sequences: Sequence[int]) -> Batch:
+    """The given sequences of a batch, in the order given, with their extras and sources."""
+    chosen = torch.as_tensor(sequences, dtype=torch.int64)
+    at = _tokens(batch.lengths, chosen)
+    source = batch.source
+    return Batch(
+        ids=batch.ids[at],
+        labels=batch.labels[at],
+        lengths=batch.lengths[chosen],
+        extras={k: v[at] if len(v) == len(batch.ids) else v[chosen] for k, v in batch.extras.items()},
+        origin=batch.origin,
+        source=None if source is None else Source(source.ids[_tokens(source.lengths, chosen)], source.lengths[chosen]),
+    )
+
+
+def _tokens(lengths: torch.Tensor, chosen: torch.Tensor) -> torch.Tensor:
+    """Where the tokens of the chosen sequences stand."""
+    starts, sizes = (torch.cumsum(lengths, 0) - lengths)[chosen], lengths[chosen]
+    inside = torch.arange(int(sizes.sum())) - torch.repeat_interleave(torch.cumsum(sizes, 0) - sizes, sizes)
+    return torch.repeat_interleave(starts, sizes) + inside
+
+
+def share(batch: Batch, ranks: int) -> list[Batch]:
+    """The batch dealt out to `ranks` processes, whole sequences, about as many tokens to each; the same on every process.
+
+    Raises DataError when there are fewer sequences with a target than ranks: a rank would have nothing to learn from.
+    """
+    if ranks == 1:
+        return [batch]
+    owner = torch.repeat_interleave(torch.arange(len(batch.lengths)), batch.lengths)
+    learned = torch.zeros(len(batch.lengths), dtype=torch.int64).index_add_(0, owner, (batch.labels != IGNORE).long()) > 0
+    if int(learned.sum()) < ranks:
+        raise DataError(
+            f"batch {batch.origin!r} has {int(learned.sum())} sequences with a target and must have one for each of the {ranks}"
+            " ranks: take larger batches, or fewer ranks"
+        )
+    sizes = batch.lengths + (0 if batch.source is None else batch.source.lengths)
+    order = sorted(range(len(sizes)), key=lambda i: (not learned[i], -int(sizes[i]), i))
+    dealt: list[list[int]] = [[] for _ in range(ranks)]
+    loads = [0] * ranks
+    for place, i in enumerate(order):
+        rank = place if place < ranks else loads.index(min(loads))
+        dealt[rank].append(i)
+        loads[rank] += int(sizes[i])
+    return [select(batch, sorted(members)) for members in dealt]
 
 
 class Rows:

@@ -14,7 +14,7 @@ from athanor.core import io
 from athanor.core.device import Precision
 from athanor.core.errors import NonFiniteLossError
 from athanor.core.track import Tracker
-from athanor.models.base import CausalLM
+from athanor.models.base import LanguageModel
 from athanor.nn.moe import after_step
 from athanor.optim.schedules import Schedule
 from athanor.train.state import Progress, StateStore
@@ -33,7 +33,7 @@ class Hook:
 
 
 def fit(
-    model: CausalLM,
+    model: LanguageModel,
     objective: Objective,
     batches: Batches,
     optimizers: Sequence[torch.optim.Optimizer],

@@ -16,7 +16,7 @@ from athanor.core import io
 from athanor.core.config import differences
 from athanor.core.device import rng_state, set_rng_state
 from athanor.core.errors import CheckpointError
-from athanor.models.base import CausalLM
+from athanor.models.base import LanguageModel
 
 _TENSORS, _META = "state.safetensors", "state.json"
 _FIELDS = {"identity", "sha256", "step", "seconds", "history"}
@@ -63,7 +63,7 @@ class StateStore:
         history: list[dict[str, Any]] = io.read_json(self.folder / f"step-{steps[-1]:08d}" / "state.json")["history"]
         return history
 
-    def save(self, progress: Progress, model: CausalLM, optimizers: Sequence[torch.optim.Optimizer]) -> None:
+    def save(self, progress: Progress, model: LanguageModel, optimizers: Sequence[torch.optim.Optimizer]) -> None:
         """Write everything; then delete what is older than `keep`."""
         tensors: dict[str, Tensor] = {f"model.{k}": v for k, v in model.state_dict().items()}
         for i, optimizer in enumerate(optimizers):
@@ -82,7 +82,7 @@ class StateStore:
             (old / _META).unlink()  # first: half deleted, it must not count as complete
             shutil.rmtree(old)
 
-    def resume(self, model: CausalLM, optimizers: Sequence[torch.optim.Optimizer]) -> Progress:
+    def resume(self, model: LanguageModel, optimizers: Sequence[torch.optim.Optimizer]) -> Progress:
         """Load the newest checkpoint into model, optimisers and random generators; a fresh Progress where there is none.
 
         Raises:

@@ -2,19 +2,18 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Sequence
+from collections.abc import Sequence
 from dataclasses import dataclass
 
 import torch
-from torch import Tensor
 
-from athanor.core import dist
-from athanor.core.device import Precision, autocast
+from athanor.core.device import Precision
 from athanor.core.errors import NonFiniteLossError, NoTargetsError
-from athanor.models.base import CausalLM
+from athanor.models.base import LanguageModel
+from athanor.train.parallel.base import ALONE, Alone, Objective
 from athanor.types import Batch
 
-Objective = Callable[[CausalLM, Batch], tuple[Tensor, int, dict[str, Tensor]]]
+__all__ = ["Objective", "StepResult", "apply", "gradients", "train_step"]
 
 
 @dataclass(frozen=True)
@@ -27,8 +26,58 @@ class StepResult:
     metrics: dict[str, float]
 
 
+def gradients(
+    model: LanguageModel,
+    objective: Objective,
+    batches: Sequence[Batch],
+    optimizers: Sequence[torch.optim.Optimizer],
+    *,
+    precision: Precision,
+    strategy: Alone = ALONE,
+    scale: float = 1.0,
+) -> StepResult:
+    """The gradient of the mean loss over all targets of all micro-batches of all processes, left in the parameters.
+
+    Sums are accumulated and divided once by the count of all of them: the gradient does not depend on how targets are spread
+    over micro-batches and processes.
+
+    Args:
+        scale: what losses are multiplied by before their gradients are formed, and gradients divided by after (fp16).
+
+    Raises:
+        NoTargetsError: nothing is supervised in the whole step.
+        NonFiniteLossError: loss or gradient is inf or nan.
+    """
+    for optimizer in optimizers:
+        optimizer.zero_grad(set_to_none=True)
+    sums = strategy.accumulate(model, objective, strategy.share(batches), precision, scale)
+    sums = strategy.reduce(model, sums)
+    origins = ", ".join(batch.origin for batch in batches)
+    if sums.count == 0:
+        raise NoTargetsError(f"no supervised target in the whole step (batches: {origins}): nothing can be learnt from it")
+    if not torch.isfinite(sums.loss):
+        raise NonFiniteLossError(f"the loss is {sums.loss.item()} over batches {origins}")
+    params = [p for optimizer in optimizers for group in optimizer.param_groups for p in group["params"]]
+    torch._foreach_mul_([p.grad for p in params if p.grad is not None], 1.0 / (sums.count * scale))
+    norm = strategy.norm(params)
+    if not torch.isfinite(norm):
+        raise NonFiniteLossError(f"the gradient norm is {norm.item()} over batches {origins}")
+    metrics = {name: float(value) / sums.count for name, value in sums.metrics.items()}
+    return StepResult(float(sums.loss) / sums.count, sums.count, float(norm), metrics)
+
+
+def apply(optimizers: Sequence[torch.optim.Optimizer], *, grad_norm: float, clip: float, lr_factor: float) -> None:
+    """Clip the gradients to the norm `clip`, set each group's rate to `lr_factor` times its `base_lr`, and update."""
+    params = [p for optimizer in optimizers for group in optimizer.param_groups for p in group["params"]]
+    torch._foreach_mul_([p.grad for p in params if p.grad is not None], min(1.0, clip / (grad_norm + 1e-6)))
+    for optimizer in optimizers:
+        for group in optimizer.param_groups:
+            group["lr"] = group["base_lr"] * lr_factor
+        optimizer.step()
+
+
 def train_step(
-    model: CausalLM,
+    model: LanguageModel,
     objective: Objective,
     batches: Sequence[Batch],
     optimizers: Sequence[torch.optim.Optimizer],
@@ -36,51 +85,9 @@ def train_step(
     lr_factor: float,
     clip: float,
     precision: Precision,
+    strategy: Alone = ALONE,
 ) -> StepResult:
-    """One update over all micro-batches together.
-
-    Sums are accumulated and divided once by the count of all of them, on all ranks: the gradient does not depend on how
-    targets are spread over micro-batches.
-
-    Raises:
-        NoTargetsError: nothing is supervised in the whole step.
-        NonFiniteLossError: loss or gradient is inf or nan; the weights are untouched.
-    """
-    device = model.device
-    for optimizer in optimizers:
-        optimizer.zero_grad(set_to_none=True)
-    total = torch.zeros((), dtype=torch.float64, device=device)
-    count = 0
-    sums: dict[str, Tensor] = {}
-    for batch in batches:
-        with autocast(device, precision):
-            loss, targets, metrics = objective(model, batch.to(device))
-        if not torch.isfinite(loss):
-            raise NonFiniteLossError(f"the loss of batch {batch.origin!r} is {loss.item()}")
-        loss.backward()
-        total += loss.detach()
-        count += targets
-        for name, value in metrics.items():
-            sums[name] = sums.get(name, torch.zeros((), dtype=torch.float64, device=device)) + value
-    total, counts = dist.all_reduce_sum(total), dist.all_reduce_sum(torch.tensor(count, device=device))
-    count = int(counts)
-    if count == 0:
-        origins = ", ".join(batch.origin for batch in batches)
-        raise NoTargetsError(f"no supervised target in the whole step (batches: {origins}): nothing can be learnt from it")
-    params = [p for optimizer in optimizers for group in optimizer.param_groups for p in group["params"]]
-    grads = [p.grad for p in params if p.grad is not None]
-    torch._foreach_mul_(grads, 1.0 / count)
-    norm = torch.nn.utils.get_total_norm(grads)
-    if not torch.isfinite(norm):
-        raise NonFiniteLossError(f"the gradient norm is {norm.item()} over batches {', '.join(b.origin for b in batches)}")
-    torch.nn.utils.clip_grads_with_norm_(params, clip, norm)
-    for optimizer in optimizers:
-        for group in optimizer.param_groups:
-            group["lr"] = group["base_lr"] * lr_factor
-        optimizer.step()
-    return StepResult(
-        loss=float(total) / count,
-        count=count,
-        grad_norm=float(norm),
-        metrics={name: float(value) / count for name, value in sums.items()},
-    )
+    """`gradients`, then `apply`. Raises as `gradients` does; the weights are untouched then."""
+    result = gradients(model, objective, batches, optimizers, precision=precision, strategy=strategy)
+    apply(optimizers, grad_norm=result.grad_norm, clip=clip, lr_factor=lr_factor)
+    return result

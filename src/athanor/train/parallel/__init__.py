@@ -1,0 +1,1 @@
+"""How the work of an update is spread over processes; models know nothing of it."""

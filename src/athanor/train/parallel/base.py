@@ -1,0 +1,92 @@
+"""What the training loop asks of a layout, and the simplest answer: one process."""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Iterable, Sequence
+from dataclasses import dataclass, field
+
+import torch
+from torch import Tensor, nn
+
+from athanor.core.device import Precision, autocast
+from athanor.core.errors import NonFiniteLossError
+from athanor.models.base import LanguageModel
+from athanor.train.pieces import Held, whole
+from athanor.types import Batch
+
+# (model, batch) -> loss sum (scalar, float32), targets that it is of, sums of other figures.
+Objective = Callable[[LanguageModel, Batch], tuple[Tensor, int, dict[str, Tensor]]]
+
+
+@dataclass
+class Sums:
+    """What an objective said of all micro-batches, on all processes once `Strategy.reduce` ran: sums, not means."""
+
+    loss: Tensor  # float64 scalar
+    count: int = 0
+    metrics: dict[str, Tensor] = field(default_factory=dict)
+
+    def add(self, loss: Tensor, count: int, metrics: dict[str, Tensor]) -> None:
+        """Count what one micro-batch gave."""
+        self.loss += loss.detach()
+        self.count += count
+        for name, value in metrics.items():
+            self.metrics[name] = self.metrics.get(name, torch.zeros_like(self.loss)) + value
+
+
+class Alone:
+    """One process. Also the base of every other strategy, which says in `place` what it does to the model.
+
+    Attributes:
+        ranks: processes that take different data.
+        seconds: spent on communication since the start.
+    """
+
+    ranks: int = 1
+    rank: int = 0
+    seconds: float = 0.0
+
+    def place(self, model: LanguageModel) -> LanguageModel:
+        """The model as this process trains it, changed in place; its tensors keep their names."""
+        return model
+
+    def share(self, micro: Sequence[Batch]) -> list[Batch]:
+        """What of the micro-batches of a step this process computes; as many on every process."""
+        return list(micro)
+
+    def accumulate(
+        self, model: LanguageModel, objective: Objective, micro: Sequence[Batch], precision: Precision, scale: float = 1.0
+    ) -> Sums:
+        """Add the gradients of the summed loss, times `scale`, to those of the parameters.
+
+        Raises NonFiniteLossError naming the batch.
+        """
+        device = model.device
+        sums = Sums(torch.zeros((), dtype=torch.float64, device=device))
+        for batch in micro:
+            with autocast(device, precision):
+                loss, count, metrics = objective(model, batch.to(device))
+            if not torch.isfinite(loss):
+                raise NonFiniteLossError(f"the loss of batch {batch.origin!r} is {loss.item()}")
+            (loss if scale == 1.0 else loss * scale).backward()  # type: ignore[no-untyped-call]
+            sums.add(loss, count, metrics)
+        return sums
+
+    def reduce(self, model: LanguageModel, sums: Sums) -> Sums:
+        """Make gradients and sums those of all processes together."""
+        return sums
+
+    def norm(self, parameters: Iterable[nn.Parameter]) -> Tensor:
+        """The norm of all gradients of all processes together, a scalar."""
+        norm: Tensor = torch.nn.utils.get_total_norm([p.grad for p in parameters if p.grad is not None])
+        return norm
+
+    def held(self, name: str, tensor: Tensor) -> Held:
+        """What this process holds of the tensor of a parameter or buffer (or of its optimiser's state) of that name."""
+        return whole(tensor)
+
+    def close(self) -> None:
+        """Leave the group of processes."""
+
+
+ALONE = Alone()
