@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Callable, Iterable, Sequence
 from dataclasses import dataclass, field
+from typing import Any
 
 import torch
 from torch import Tensor, nn
@@ -14,8 +15,8 @@ from athanor.models.base import LanguageModel
 from athanor.train.pieces import Held, whole
 from athanor.types import Batch
 
-# (model, batch) -> loss sum (scalar, float32), targets that it is of, sums of other figures.
-Objective = Callable[[LanguageModel, Batch], tuple[Tensor, int, dict[str, Tensor]]]
+# (model, batch) -> loss sum (scalar, float32), targets that it is of, sums of other figures. What kind of model is its own matter.
+Objective = Callable[[Any, Batch], tuple[Tensor, int, dict[str, Tensor]]]
 
 
 @dataclass
@@ -68,7 +69,7 @@ class Alone:
                 loss, count, metrics = objective(model, batch.to(device))
             if not torch.isfinite(loss):
                 raise NonFiniteLossError(f"the loss of batch {batch.origin!r} is {loss.item()}")
-            (loss if scale == 1.0 else loss * scale).backward()  # type: ignore[no-untyped-call]
+            (loss if scale == 1.0 else loss * scale).backward()
             sums.add(loss, count, metrics)
         return sums
 
