@@ -15,7 +15,7 @@ from athanor.models.base import LanguageModel
 from athanor.train.pieces import Held, whole
 from athanor.types import Batch
 
-# (model, batch) -> loss sum (scalar, float32), targets that it is of, sums of other figures. What kind of model is its own matter.
+# (model, batch) -> loss sum (scalar, float32), targets it is of, sums of other figures; it says itself what models it takes.
 Objective = Callable[[Any, Batch], tuple[Tensor, int, dict[str, Tensor]]]
 
 
