@@ -168,7 +168,7 @@ def test_a_shard_shorter_than_a_row_is_refused():
         Rows(shard_of([10]), 10, 0)
 
 
-def test_fill_adds_one_unsupervised_sequence_and_changes_nothing_else():
+def test_fill_adds_unsupervised_sequences_no_longer_than_the_longest_and_changes_nothing_else():
     batch = Batch(
         torch.tensor([5, 6, 7]),
         torch.tensor([6, IGNORE, 8]),
@@ -179,8 +179,8 @@ def test_fill_adds_one_unsupervised_sequence_and_changes_nothing_else():
     filled = fill(batch, 8)
     assert filled.ids.tolist() == [5, 6, 7, 0, 0, 0, 0, 0]
     assert filled.labels.tolist() == [6, IGNORE, 8, *[IGNORE] * 5]
-    assert filled.lengths.tolist() == [2, 1, 5]
+    assert filled.lengths.tolist() == [2, 1, 2, 2, 1]
     assert filled.extras["temperature"].tolist() == [0.5, 0.5, 0.5, *[1.0] * 5]
-    assert filled.extras["weight"].tolist() == [1.0, 2.0, 0.0]
+    assert filled.extras["weight"].tolist() == [1.0, 2.0, 0.0, 0.0, 0.0]
     assert filled.origin == "here"
     assert fill(filled, 8) is filled

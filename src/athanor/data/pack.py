@@ -61,31 +61,37 @@ def join(batches: Sequence[Batch]) -> Batch:
 
 
 def fill(batch: Batch, multiple: int = 256) -> Batch:
-    """The batch with one more sequence that nothing is learned from, so that its tokens are a multiple of `multiple`.
+    """The batch with sequences added that nothing is learned from, so that its tokens are a multiple of `multiple`.
 
     Batches of ever new sizes make oneDNN prepare code for each, which takes a sixth of a step and is kept (docs/log.md).
-    Sources are filled up likewise, by that of the added sequence.
+    None is longer than the longest that was there. Sources are filled up likewise, by those of the added sequences.
     """
-    missing = -len(batch.ids) % multiple
-    source = batch.source
+    missing, source = -len(batch.ids) % multiple, batch.source
     lacking = 0 if source is None else -len(source.ids) % multiple
     if missing == 0 and lacking == 0:
         return batch
+    count = -(-missing // int(batch.lengths.max()))
     if source is not None:  # a sequence has a source, so neither can be added alone
-        missing, lacking = missing or multiple, lacking or multiple
-        source = Source(F.pad(source.ids, (0, lacking)), F.pad(source.lengths, (0, 1), value=lacking))
+        count = max(count, -(-lacking // int(source.lengths.max())))
+        missing, lacking = (n if n >= count else n - (n - count) // multiple * multiple for n in (missing, lacking))
+        source = Source(F.pad(source.ids, (0, lacking)), torch.cat([source.lengths, _parts(lacking, count)]))
     extras = {
-        k: F.pad(v, (0, missing if len(v) == len(batch.ids) else 1), value=1 if k == "temperature" else 0)
+        k: F.pad(v, (0, missing if len(v) == len(batch.ids) else count), value=1 if k == "temperature" else 0)
         for k, v in batch.extras.items()
     }
     return Batch(
         ids=F.pad(batch.ids, (0, missing)),
         labels=F.pad(batch.labels, (0, missing), value=IGNORE),
-        lengths=F.pad(batch.lengths, (0, 1), value=missing),
+        lengths=torch.cat([batch.lengths, _parts(missing, count)]),
         extras=extras,
         origin=batch.origin,
         source=source,
     )
+
+
+def _parts(tokens: int, count: int) -> torch.Tensor:
+    """`tokens` in `count` nearly equal parts."""
+    return torch.tensor([tokens // count + (i < tokens % count) for i in range(count)])
 
 
 def select(batch: Batch, sequences: Sequence[int]) -> Batch:

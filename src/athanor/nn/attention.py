@@ -55,9 +55,10 @@ class Attention(nn.Module):
         self, x: Tensor, ctx: Context, layer: int, turn: Turn | None = None, scoring: Scoring | None = None
     ) -> Tensor:
         """`turn` rotates queries and keys; `scoring` replaces the layer's own for this call."""
-        b, t, _ = x.shape
         h, g = self.n_heads, self.n_kv_heads
-        qk, value = self.qkv(x).view(b, t, h + 2 * g, self.head_dim).split((h + g, g), dim=2)
+        projected = self.qkv(x)
+        b, t = projected.shape[:2]  # with tensor parallelism a projection reads a part of the tokens and gives all
+        qk, value = projected.view(b, t, h + 2 * g, self.head_dim).split((h + g, g), dim=2)
         if self.query_norm is not None and self.key_norm is not None:
             # Queries and keys side by side: one norm and one turn for both.
             weight = torch.cat((self.query_norm.weight.expand(h, -1), self.key_norm.weight.expand(g, -1)))

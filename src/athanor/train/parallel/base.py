@@ -35,6 +35,12 @@ class Sums:
             self.metrics[name] = self.metrics.get(name, torch.zeros_like(self.loss)) + value
 
 
+def local(tensor: Tensor) -> Tensor:
+    """What of a tensor is in this process's memory; gradients find their way back."""
+    own = getattr(tensor, "to_local", None)  # of a DTensor
+    return tensor if own is None else own()
+
+
 class Alone:
     """One process. Also the base of every other strategy, which says in `place` what it does to the model.
 
@@ -75,6 +81,15 @@ class Alone:
 
     def reduce(self, model: LanguageModel, sums: Sums) -> Sums:
         """Make gradients and sums those of all processes together."""
+        return sums
+
+    @torch.no_grad()
+    def evaluate(self, model: LanguageModel, objective: Objective, micro: Sequence[Batch], precision: Precision) -> Sums:
+        """What an objective says of batches, of all processes together; the model is in the mode that it is in."""
+        sums = Sums(torch.zeros((), dtype=torch.float64, device=model.device))
+        for batch in micro:
+            with autocast(model.device, precision):
+                sums.add(*objective(model, batch.to(model.device)))
         return sums
 
     def norm(self, parameters: Iterable[nn.Parameter]) -> Tensor:

@@ -1,0 +1,149 @@
+"""A run of some steps under any layout, in processes that are there already: `serve` takes one layout after another."""
+
+import os
+import queue
+import traceback
+
+import torch
+import torch.distributed as td
+
+from athanor.core import plugins
+from athanor.models import io as models
+from athanor.objectives import next_token
+from athanor.optim.build import OptimConfig, build
+from athanor.optim.schedules import warmup_cosine
+from athanor.train.parallel.base import ALONE, local
+from athanor.train.parallel.distributed import Distributed
+from athanor.train.parallel.layout import parse
+from athanor.train.parallel.pipeline import Pipelined
+from athanor.train.step import train_step
+from athanor.types import IGNORE, Batch
+
+VOCAB = 160
+
+
+def config(arch="llama", **fields):
+    shape = {"vocab_size": VOCAB, "d_model": 32, "n_layers": 4, "n_heads": 4, "n_kv_heads": 2, "d_ff": 48, "max_positions": 64}
+    return plugins.load("models", arch).Config(**shape | fields)
+
+
+def ragged(step, sequences=10):
+    """Micro-batches of a step: sequences of 3 to 24 tokens, a third of the labels masked."""
+    out = []
+    for part in range(2):
+        generator = torch.Generator().manual_seed(1000 * step + part)
+        lengths = torch.randint(3, 25, (sequences,), generator=generator)
+        ids, labels = torch.randint(0, VOCAB, (2, int(lengths.sum())), generator=generator)
+        labels[torch.rand(len(labels), generator=generator) < 0.33] = IGNORE
+        labels[torch.cumsum(lengths, 0) - lengths] = 7  # every sequence has a target
+        out.append(Batch(ids, labels, lengths, origin=f"step {step} part {part}"))
+    return out
+
+
+def train(strategy, *, arch="llama", steps=50, optim="adamw", clip=0.5, precision="fp32", lr=2e-3, fields=(), device=None):
+    """Losses, gradient norms and this process's parts of the final weights: [(name, held, tensor)]."""
+    model = models.build(arch, config(arch, **dict(fields)), seed=1)
+    model = strategy.place(model).train()
+    optimizers = build(model, OptimConfig(name=optim, lr=lr))
+    schedule = warmup_cosine(steps, 5, 0.1)
+    losses, norms = [], []
+    for step in range(steps):
+        result = train_step(
+            model, next_token.loss, ragged(step), optimizers,
+            lr_factor=schedule(step), clip=clip, precision=precision, strategy=strategy,
+        )  # fmt: skip
+        losses.append(result.loss)
+        norms.append(result.grad_norm)
+    parts = []
+    for name, p in model.named_parameters():
+        parts.append((name, strategy.held(name, p), local(p.detach()).clone()))
+    return losses, norms, parts
+
+
+def whole(parts_of_ranks):
+    """The weights, of the parts of all processes."""
+    out, seen = {}, {}
+    for parts in parts_of_ranks:
+        for name, held, tensor in parts:
+            full = out.setdefault(name, torch.full(held.shape, float("nan")))
+            assert full.shape == held.shape
+            for piece in held.pieces:
+                inside = tuple(slice(a, a + n) for a, n in zip(piece.local, piece.size, strict=True))
+                there = tuple(slice(a, a + n) for a, n in zip(piece.whole, piece.size, strict=True))
+                if held.writes:
+                    assert full[there].isnan().all(), f"{name} is written twice"
+                    full[there] = tensor[inside]
+            assert sum(torch.Size(piece.size).numel() for piece in held.pieces) == tensor.numel(), name
+            seen[name] = True
+    for name, full in out.items():
+        assert not full.isnan().any(), f"{name} is not covered"
+    return out
+
+
+def strategy_of(layout):
+    return (Pipelined if layout.pp > 1 else Distributed)(layout, torch.device("cpu"))
+
+
+def serve(rank, jobs, results, folder):
+    torch.set_num_threads(1)
+    while True:
+        job = jobs[rank].get()
+        if job is None:
+            return
+        number, text, options = job
+        layout = parse(text)
+        if rank >= layout.world:
+            continue
+        os.environ |= {"RANK": str(rank), "WORLD_SIZE": str(layout.world)}
+        td.init_process_group("gloo", init_method=f"file://{folder}/{number}", rank=rank, world_size=layout.world)
+        try:
+            results.put((number, rank, train(strategy_of(layout), **options)))
+        except BaseException:
+            results.put((number, rank, traceback.format_exc()))
+        finally:
+            td.destroy_process_group()
+
+
+class Crew:
+    """Four processes that run layouts one after another."""
+
+    def __init__(self, folder, size=4):
+        context = torch.multiprocessing.get_context("spawn")
+        self.jobs = [context.Queue() for _ in range(size)]
+        self.results = context.Queue()
+        self.count = 0
+        arguments = (self.jobs, self.results, str(folder))
+        self.processes = [context.Process(target=serve, args=(rank, *arguments), daemon=True) for rank in range(size)]
+        for process in self.processes:
+            process.start()
+
+    def run(self, text, seconds=120, **options):
+        self.count += 1
+        world = parse(text).world
+        for jobs in self.jobs:
+            jobs.put((self.count, text, options))
+        found = {}
+        while len(found) < world:
+            try:
+                number, rank, result = self.results.get(timeout=seconds)
+            except queue.Empty:
+                raise AssertionError(f"{text}: processes {set(range(world)) - set(found)} have not answered") from None
+            if isinstance(result, str):
+                self.close(kill=True)
+                raise AssertionError(f"{text}, process {rank}:\n{result}")
+            assert number == self.count
+            found[rank] = result
+        return [found[rank] for rank in range(world)]
+
+    def close(self, kill=False):
+        for jobs in self.jobs:
+            jobs.put(None)
+        for process in self.processes:
+            if kill:
+                process.kill()
+            process.join(10)
+            process.kill()
+
+
+def alone(**options):
+    return train(ALONE, **options)
