@@ -147,7 +147,8 @@ def _load(name: str) -> ModuleType:
 def _options(cls: Any, path: tuple[str, ...] = (), base: Any = None) -> Iterator[_Option]:
     """The leaves of the config `cls`, with the defaults that `base` holds where it is given."""
     hints = typing.get_type_hints(cls)
-    helps = {param.arg_name: param.description or "" for param in parse_from_object(cls).params}
+    kinds = [kind for kind in reversed(cls.__mro__) if dataclasses.is_dataclass(kind)]  # fields may be inherited
+    helps = {param.arg_name: param.description or "" for kind in kinds for param in parse_from_object(kind).params}
     for field in dataclasses.fields(cls):
         if not field.init:
             continue
@@ -226,9 +227,20 @@ def _refuse_fractions(app: App, commands: tuple[str, ...], arguments: ArgumentCo
                     raise CoercionError(argument=argument, token=token, target_type=int)
 
 
+def _literal(text: Any) -> Any:
+    """What stands on the command line for a field of which only its owner knows the type: JSON where it is, else text."""
+    try:
+        return json.loads(text)
+    except (TypeError, ValueError):
+        return text
+
+
 def _resolve(cls: Any, file: Path | None, given: Mapping[str, Any]) -> Any:
     table = configs.load_table(file) if file is not None else {}
+    free = {option.key for option in _options(cls) if option.hint == dict[str, Any]}
     for key, value in given.items():
+        if key in free:
+            value = {name.replace("-", "_"): _literal(item) for name, item in value.items()}
         *parents, last = key.split("__")
         node: Any = table
         for parent in parents:

@@ -376,3 +376,49 @@ def test_any_altered_byte_loads_or_is_a_checkpoint_error(tmp_path_factory, posit
     except CheckpointError as error:
         refusal = str(error)
     assert not refusal or "altered is not a whole safetensors file" in refusal
+
+
+def test_a_folder_written_by_several_is_placed_by_one(tmp_path):
+    path = tmp_path / "box"
+    temporary = io.temporary_dir(path, "0123abcd")
+    assert temporary.parent == tmp_path and not temporary.exists()
+    for content in ("one", "two"):
+        temporary.mkdir()
+        (temporary / content).write_text("x")
+        io.place_dir(temporary, path)
+        assert _names(path) == [content] and _names(tmp_path) == ["box"]
+    temporary.mkdir()  # its writers were killed
+    io.recover(path)
+    assert _names(tmp_path) == ["box"]
+
+
+def test_a_removed_folder_is_there_whole_or_not_at_all(tmp_path, monkeypatch):
+    path = tmp_path / "box"
+    path.mkdir()
+    (path / "one").write_text("1")
+    (path / "two").write_text("2")
+    seen = []
+
+    def killed(folder):
+        seen.append(path.exists())
+        (folder / "one").unlink()
+        raise KeyboardInterrupt
+
+    monkeypatch.setattr(io.shutil, "rmtree", killed)
+    with pytest.raises(KeyboardInterrupt):
+        io.remove_dir(path)
+    monkeypatch.undo()
+    assert seen == [False] and len(_names(tmp_path)) == 1
+    io.recover(path)
+    assert _names(tmp_path) == []
+
+
+def test_a_folders_name_is_gone_from_the_disk_before_its_files(tmp_path, monkeypatch):
+    path = tmp_path / "place" / "box"
+    path.mkdir(parents=True)
+    events = []
+    remove = io.shutil.rmtree
+    monkeypatch.setattr(io, "_sync", lambda p: events.append(("sync", p.name)))
+    monkeypatch.setattr(io.shutil, "rmtree", lambda p: (events.append(("remove", p.name[:5])), remove(p)))
+    io.remove_dir(path)
+    assert events == [("sync", "place"), ("remove", ".tmp-")]

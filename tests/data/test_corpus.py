@@ -13,6 +13,7 @@ from typing import Any
 
 import pytest
 
+from athanor import cli
 from athanor.core.errors import CheckpointError, ConfigError, DataError
 from athanor.data import corpus
 from athanor.data.corpus import CorpusReport, build, read_documents
@@ -284,3 +285,64 @@ def test_beginning_cuts_the_last_document_and_sample_takes_a_share_of_each(tmp_p
     assert [len(d.text) for d in corpus.beginning(path, None)] == [100, 100, 100]
     assert [d.text for d in corpus.sample(path, 30)] == ["a" * 10, "b" * 10, "c" * 10]
     assert [len(d.text) for d in corpus.sample(path, 9999)] == [100, 100, 100]
+
+
+def test_held_out_text_may_be_given(texts: Path, tmp_path: Path) -> None:
+    given = tmp_path / "given"
+    given.mkdir()
+    (given / "a.txt").write_bytes(b"short and held out \r\n")
+    (given / "b.jsonl").write_text('{"text": "one"}\n{"text": "two"}\n')
+    shutil.copy(texts / "00.txt", given / "copy.txt")  # stands in the text too: it is taken from there
+    report = build(tmp_path / "out", text=texts, heldout=given)
+    train, heldout = documents(tmp_path / "out", "train"), documents(tmp_path / "out", "heldout")
+    assert {d.source: d.text for d in heldout} == {
+        "heldout/a.txt": "short and held out\n",
+        "heldout/b.jsonl:1": "one",
+        "heldout/b.jsonl:2": "two",
+        "heldout/copy.txt": (texts / "00.txt").read_text("utf-8"),
+    }
+    whole = build(tmp_path / "whole", text=texts)
+    both = [*documents(tmp_path / "whole", "train"), *documents(tmp_path / "whole", "heldout")]
+    assert {d.source for d in train} == {d.source for d in both} - {"00.txt"}
+    assert (report.duplicates, report.files, report.documents_read) == (1, whole.files + 3, whole.documents_read + 4)
+    assert (report.heldout, report.heldout_fraction) == (str(given), None)
+    assert (whole.heldout, whole.heldout_fraction) == (None, 0.05)
+    assert (tmp_path / "out" / "heldout.txt").read_bytes().decode() == "\n".join(document.text for document in heldout)
+    assert report == build(tmp_path / "out", text=texts, heldout=given)
+
+
+def test_a_limit_is_of_the_text_alone(texts: Path, tmp_path: Path) -> None:
+    (tmp_path / "given.txt").write_text("held out " * 20_000)
+    report = build(tmp_path / "out", text=texts, heldout=tmp_path / "given.txt", limit_bytes=64 * KIB)
+    assert report.train_bytes >= 64 * KIB and report.heldout_bytes == 180_000 - 1 and report.beyond_limit > 0
+
+
+def test_held_out_text_that_is_none_is_refused(texts: Path, tmp_path: Path) -> None:
+    (tmp_path / "empty.txt").touch()
+    with pytest.raises(DataError, match=r"no text in '.*empty.txt' \(1 empty\)"):
+        build(tmp_path / "out", text=texts, heldout=tmp_path / "empty.txt")
+    with pytest.raises(DataError, match=r"text '.*nowhere' does not exist"):
+        build(tmp_path / "out", text=texts, heldout=tmp_path / "nowhere")
+    assert not (tmp_path / "out").exists()
+
+
+def test_the_option_of_the_command(texts: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    (tmp_path / "given.txt").write_text("held out")
+    run, given = str(tmp_path / "run"), str(tmp_path / "given.txt")
+    assert cli.main(["corpus", run, "--text", str(texts), "--heldout", given]) == 0
+    assert "8 held out" in capsys.readouterr().out
+    assert [d.text for d in documents(tmp_path / "run" / "corpus", "heldout")] == ["held out"]
+    assert cli.main(["corpus", run, "--text", str(texts), "--heldout", given]) == 0
+    assert cli.main(["corpus", run, "--text", str(texts)]) == 1
+    assert "done with other heldout" in " ".join(capsys.readouterr().err.split())
+    arguments = ["corpus", str(tmp_path / "b"), "--text", str(texts), "--heldout", given, "--heldout-fraction", "0.1"]
+    assert cli.main(arguments) == 1
+    said = " ".join(capsys.readouterr().err.split())
+    assert f"heldout_fraction (0.1) does not go with heldout ({given}), which is held out whole: give one of them" in said
+
+
+def test_a_corpus_from_before_there_was_the_option_goes_on(texts: Path, tmp_path: Path) -> None:
+    run = str(tmp_path / "run")
+    assert cli.main(["corpus", run, "--text", str(texts)]) == 0
+    record = json.loads((tmp_path / "run" / "stages" / "corpus.json").read_text())
+    assert "heldout" not in record["settings"]

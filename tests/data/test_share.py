@@ -70,7 +70,9 @@ def test_share_deals_out_every_sequence_once(sizes, ranks, data):
     batch = batch_of(sizes, learned=learned)
     batch.extras.clear()
     if ranks > 1 and sum(learned) < ranks:
-        with pytest.raises(DataError, match=f"has {sum(learned)} sequences with a target and must have one for each of the {ranks}"):
+        with pytest.raises(
+            DataError, match=f"has {sum(learned)} sequences with a target and must have one for each of the {ranks}"
+        ):
             share(batch, ranks)
         return
     parts = share(batch, ranks)

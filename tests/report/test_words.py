@@ -133,3 +133,15 @@ def test_sentences() -> None:
         == "Accuracy fell from 80.0 % to 75.0 % (\u22125.0 points); the intervals overlap, so this may be chance."
     )
     assert said(same.sentence) == "Accuracy stayed at 80.0 %."
+
+
+@pytest.mark.parametrize(
+    ("count", "text"), [(3_276_800, "3.28M"), (491_520, "492k"), (17, "17"), (999, "999"), (999_600, "1M"), (2e9, "2G")]
+)
+def test_short(count: float, text: str) -> None:
+    assert words.short(count) == text
+
+
+@pytest.mark.parametrize(("seconds", "text"), [(0.4, "0:00"), (59.6, "1:00"), (150, "2:30"), (3723, "1:02:03")])
+def test_clock(seconds: float, text: str) -> None:
+    assert words.clock(seconds) == text

@@ -14,10 +14,13 @@ import pytest
 import tokenizers
 from hypothesis import given
 from hypothesis import strategies as st
+from transformers import AutoTokenizer
 
 from athanor.core.errors import CheckpointError, TokenizerError
-from athanor.tokenizer.bpe import CONFIG_FILE, PATTERN, SMALLEST_VOCABULARY, TOKENIZER_FILE, Tokenizer
+from athanor.tokenizer.bpe import CONFIG_FILE, PATTERN, SMALLEST_VOCABULARY, TOKENIZER_FILE, Tokenizer, noise_tokens
+from athanor.tokenizer.chat import render, split
 from athanor.tokenizer.template import CONTROL_TOKENS
+from athanor.types import Message
 
 TEXTS = st.text(st.characters(exclude_categories=["Cs"]))
 FRAGMENTS = st.lists(
@@ -264,4 +267,81 @@ def test_merges_that_spell_a_control_token_are_refused(tokenizer: Tokenizer) -> 
         done += letter
         vocabulary.setdefault(done, len(vocabulary))
     with pytest.raises(TokenizerError, match="the text '<think>' must not encode as the control token, it does"):
+        Tokenizer(json.dumps(content))
+
+
+@pytest.fixture(scope="module")
+def noisy() -> Tokenizer:
+    """A vocabulary with a mask and three sentinels, trained on their names too."""
+    names = "".join(noise_tokens(3))
+    return Tokenizer.train(["the heat of the athanor, the athanor's heat " * 5, names * 50], 400, noise=3)
+
+
+NOISE = ["<|mask|>", "<|sentinel_0|>", "<|sentinel_1|>", "<|sentinel_2|>"]
+
+
+def test_tokens_of_noise_follow_the_control_tokens(noisy: Tokenizer) -> None:
+    assert list(noisy.control.items()) == [(name, i) for i, name in enumerate([*CONTROL_TOKENS, *NOISE])]
+    assert (noisy.mask_id, noisy.sentinel_ids) == (16, (17, 18, 19))
+    assert noisy.decode(range(20)) == "" and [noisy.token(i) for i in range(16, 20)] == NOISE
+    assert min(noisy.encode("the heat")) >= 20
+
+
+def test_without_noise_there_is_none(tokenizer: Tokenizer) -> None:
+    assert list(tokenizer.control) == list(CONTROL_TOKENS)
+    assert tokenizer.mask_id is None and tokenizer.sentinel_ids == ()
+    assert Tokenizer.train(["abab"], 300, noise=0).hash == Tokenizer.train(["abab"], 300).hash
+    assert Tokenizer.train(["abab"], 300, noise=1).hash != Tokenizer.train(["abab"], 300).hash
+    added = json.loads(Tokenizer.train(["abab"], 300)._definition)["added_tokens"]
+    assert [token["content"] for token in added] == list(CONTROL_TOKENS)
+
+
+@given(text=st.lists(st.sampled_from([*NOISE, *(x[:-1] for x in NOISE), *CONTROL_TOKENS, "<|", "a", " ", "你"])).map("".join))
+def test_text_never_becomes_a_token_of_noise(noisy: Tokenizer, text: str) -> None:
+    for ids in (noisy.encode(text), *noisy.encode_batch([text, "<|mask|>" + text])):
+        assert all(20 <= i < noisy.vocab_size for i in ids)
+    assert noisy.decode(noisy.encode(text)) == text
+
+
+def test_noise_is_saved_and_loaded(noisy: Tokenizer, tmp_path: Path) -> None:
+    noisy.save(tmp_path)
+    loaded = Tokenizer.load(tmp_path)
+    assert (loaded.hash, loaded.control, loaded.vocab_size) == (noisy.hash, noisy.control, noisy.vocab_size)
+    assert json.loads((tmp_path / CONFIG_FILE).read_text())["mask_token"] == "<|mask|>"
+    theirs = AutoTokenizer.from_pretrained(tmp_path)
+    assert theirs.mask_token_id == 16 and theirs.convert_tokens_to_ids(NOISE) == [16, 17, 18, 19]
+    text = "the athanor's heat"
+    assert theirs(text, add_special_tokens=False)["input_ids"] == noisy.encode(text)
+
+
+def test_rooms_that_know_control_tokens_by_their_number_know_those_of_noise(noisy: Tokenizer) -> None:
+    messages = [Message("user", "".join(NOISE)), Message("assistant", "heat")]
+    rendered = render(noisy, messages)
+    assert [i for i in rendered.ids if i < len(noisy.control)] == [1, 4, 2, 5, 2]
+    content, _ = split(noisy, [*noisy.encode("he"), 16, 17, *noisy.encode("at"), 2])
+    assert noisy.decode(content) == "heat"
+
+
+@pytest.mark.parametrize(("noise", "size"), [(1, 273), (3, 275), (100, 372)])
+def test_too_small_a_vocabulary_for_its_noise(noise: int, size: int) -> None:
+    names = 17 + noise
+    message = rf"vocab_size \({size}\) must be at least {size + 1}: {names} control tokens and 256 bytes; use {size + 1}"
+    with pytest.raises(TokenizerError, match=message):
+        Tokenizer.train(["x"], size, noise=noise)
+    assert Tokenizer.train(["x"], size + 1, noise=noise).vocab_size == size + 1
+
+
+def test_noise_that_is_no_number_of_sentinels() -> None:
+    with pytest.raises(TokenizerError, match=r"noise \(-1\) must be a number of sentinels: 0 for none, 100 is T5's"):
+        Tokenizer.train(["x"], 300, noise=-1)
+
+
+def test_other_added_tokens_are_refused(noisy: Tokenizer) -> None:
+    content = _definition(noisy)
+    content["added_tokens"][17]["special"] = False
+    with pytest.raises(TokenizerError, match=r"id 17 must be the special token '<\|sentinel_0\|>', found '<\|sentinel_0\|>'"):
+        Tokenizer(json.dumps(content))
+    content = _definition(noisy)
+    content["added_tokens"] = content["added_tokens"][:17]
+    with pytest.raises(TokenizerError, match=r"id 17 must be the special token '<\|sentinel_0\|>'"):
         Tokenizer(json.dumps(content))

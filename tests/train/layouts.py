@@ -1,5 +1,6 @@
 """A run of some steps under any layout, in processes that are there already: `serve` takes one layout after another."""
 
+import dataclasses
 import os
 import queue
 import traceback
@@ -24,7 +25,9 @@ VOCAB = 160
 
 def config(arch="llama", **fields):
     shape = {"vocab_size": VOCAB, "d_model": 32, "n_layers": 4, "n_heads": 4, "n_kv_heads": 2, "d_ff": 48, "max_positions": 64}
-    return plugins.load("models", arch).Config(**shape | fields)
+    kind = plugins.load("models", arch).Config
+    known = {f.name for f in dataclasses.fields(kind)}
+    return kind(**{k: v for k, v in shape.items() if k in known} | fields)
 
 
 def ragged(step, sequences=10):
@@ -108,37 +111,46 @@ class Crew:
     """Four processes that run layouts one after another."""
 
     def __init__(self, folder, size=4):
+        self.folder, self.size, self.count = str(folder), size, 0
+        self._start()
+
+    def _start(self):
         context = torch.multiprocessing.get_context("spawn")
-        self.jobs = [context.Queue() for _ in range(size)]
+        self.jobs = [context.Queue() for _ in range(self.size)]
         self.results = context.Queue()
-        self.count = 0
-        arguments = (self.jobs, self.results, str(folder))
-        self.processes = [context.Process(target=serve, args=(rank, *arguments), daemon=True) for rank in range(size)]
+        arguments = (self.jobs, self.results, self.folder)
+        self.processes = [context.Process(target=serve, args=(rank, *arguments), daemon=True) for rank in range(self.size)]
         for process in self.processes:
             process.start()
 
     def run(self, text, seconds=120, **options):
+        """What each process returned; AssertionError with what went wrong in one of them."""
         self.count += 1
         world = parse(text).world
         for jobs in self.jobs:
             jobs.put((self.count, text, options))
-        found = {}
-        while len(found) < world:
+        found, broken = {}, []
+        while len(found) < world and seconds > 0:
             try:
-                number, rank, result = self.results.get(timeout=seconds)
+                number, rank, result = self.results.get(timeout=1)
             except queue.Empty:
-                raise AssertionError(f"{text}: processes {set(range(world)) - set(found)} have not answered") from None
-            if isinstance(result, str):
-                self.close(kill=True)
-                raise AssertionError(f"{text}, process {rank}:\n{result}")
+                seconds -= 1
+                continue
             assert number == self.count
             found[rank] = result
+            if isinstance(result, str):
+                broken.append(f"process {rank}:\n{result}")
+                seconds = min(seconds, 3)  # the others answer soon, or wait for this one for ever
+        if len(found) < world:
+            broken.append(f"no answer of processes {sorted(set(range(world)) - set(found))}")
+            self.close(kill=True)
+            self._start()
+        assert not broken, f"{text}: " + "\n".join(broken)
         return [found[rank] for rank in range(world)]
 
     def close(self, kill=False):
-        for jobs in self.jobs:
+        for jobs, process in zip(self.jobs, self.processes, strict=True):
             jobs.put(None)
-        for process in self.processes:
             if kill:
                 process.kill()
             process.join(10)

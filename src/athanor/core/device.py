@@ -19,6 +19,7 @@ if TYPE_CHECKING:
     import torch
 
 Precision = Literal["fp32", "bf16"]
+TrainPrecision = Literal["fp32", "bf16", "bf16-pure", "fp16"]  # what each is: optim/scale.py
 # Parameters of mallopt(3).
 _M_TRIM_THRESHOLD, _M_TOP_PAD, _M_MMAP_MAX = -1, -2, -4
 _RNG_KEYS = ("torch", "python", "python_gauss", "numpy", "numpy_gauss")
@@ -101,15 +102,18 @@ def supports_bf16(device: torch.device) -> bool:
     return any(getattr(torch.cpu, name, bool)() for name in checks)
 
 
-def autocast(device: torch.device, precision: Precision) -> AbstractContextManager[Any]:
-    """Context in which matrix products run in `precision`; weights keep theirs. Raises ConfigError for an unknown one."""
+def autocast(device: torch.device, precision: TrainPrecision) -> AbstractContextManager[Any]:
+    """Context in which matrix products run in `precision`; weights keep theirs. Raises ConfigError for an unknown one.
+
+    For bf16-pure, where weights are bfloat16 themselves, and fp32 it changes nothing.
+    """
     import torch
 
-    if precision == "fp32":
+    if precision in ("fp32", "bf16-pure"):
         return nullcontext()
-    if precision == "bf16":
-        return torch.autocast(device.type, dtype=torch.bfloat16)
-    raise ConfigError(f"precision is {precision!r} but must be 'fp32' or 'bf16': choose one of them")
+    if precision in ("bf16", "fp16"):
+        return torch.autocast(device.type, dtype=torch.bfloat16 if precision == "bf16" else torch.float16)
+    raise ConfigError(f"precision is {precision!r} but must be 'fp32', 'bf16', 'bf16-pure' or 'fp16': choose one of them")
 
 
 def _cpu_model() -> str:

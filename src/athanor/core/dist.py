@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+from collections.abc import Iterator
+from contextlib import contextmanager
 from typing import TYPE_CHECKING
 
 if TYPE_CHECKING:
@@ -46,3 +48,32 @@ def all_reduce_sum(tensor: torch.Tensor) -> torch.Tensor:
     total = tensor.clone()
     torch.distributed.all_reduce(total)
     return total
+
+
+def of_main(value: bool) -> bool:
+    """What process 0 says, on every process."""
+    if world_size() == 1:
+        return value
+    import torch.distributed
+
+    told = [value]
+    torch.distributed.broadcast_object_list(told, src=0)
+    return told[0]
+
+
+def barrier() -> None:
+    """Wait until every process is here."""
+    if world_size() > 1:
+        import torch.distributed
+
+        torch.distributed.barrier()
+
+
+@contextmanager
+def main_first() -> Iterator[None]:
+    """Process 0 goes through the block before the others: it writes what they find there."""
+    if not is_main():
+        barrier()
+    yield
+    if is_main():
+        barrier()

@@ -129,21 +129,48 @@ def atomic_dir(path: PathLike) -> Iterator[Path]:
         raise CheckpointError(f"{path} is a file where a folder is to be written: remove it or choose another name")
     temporary = _sibling(path, "tmp")
     temporary.mkdir()
-    old = _sibling(path, "old") if path.exists() else None
     try:
         yield temporary
-        _sync_tree(temporary)
+        place_dir(temporary, path)
+    except BaseException:
+        shutil.rmtree(temporary, ignore_errors=True)
+        raise
+
+
+def temporary_dir(path: PathLike, token: str) -> Path:
+    """The name under which several processes that agreed on `token` (8 hex digits) write the folder `path` together.
+
+    One of them hands it to `place_dir` in the end. `recover` deletes it when they were killed.
+    """
+    assert re.fullmatch("[0-9a-f]{8}", token)
+    path = Path(path)
+    return path.with_name(f".tmp-{token}-{path.name}")
+
+
+def place_dir(temporary: Path, path: Path) -> None:
+    """Make the folder `temporary`, a sibling, the folder `path`, replacing an old one, once everything in it is on disk."""
+    old = _sibling(path, "old") if path.exists() else None
+    _sync_tree(temporary)
+    try:
         if old is not None:
             os.rename(path, old)
         os.rename(temporary, path)
     except BaseException:
         if old is not None and old.exists() and not path.exists():
             os.rename(old, path)
-        shutil.rmtree(temporary, ignore_errors=True)
         raise
     _sync(path.parent)
     if old is not None:
         _retire(old, path)
+
+
+def remove_dir(path: PathLike) -> None:
+    """Delete the folder `path` so that it is there whole or not at all, whatever happens; `recover` finishes a killed one."""
+    path = Path(path)
+    trash = _sibling(path, "tmp")
+    os.rename(path, trash)
+    _sync(path.parent)  # before anything in it goes: a crash must not bring back the name over half a folder
+    shutil.rmtree(trash)
 
 
 def write_json(path: PathLike, obj: Any) -> None:

@@ -1,4 +1,4 @@
-"""Where a run's records go: a JSON-lines file, the console, or several of these."""
+"""Where a run's records go: the console, a JSON-lines file, TensorBoard, Weights & Biases, trackio, or several of these."""
 
 from __future__ import annotations
 
@@ -11,8 +11,8 @@ from collections.abc import Callable, Mapping, Sequence
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, Protocol
 
-from athanor.core import io
-from athanor.core.errors import CheckpointError
+from athanor.core import _sinks, dist, io
+from athanor.core.errors import CheckpointError, ConfigError, nearest
 
 if TYPE_CHECKING:
     from rich.console import Console
@@ -20,6 +20,7 @@ if TYPE_CHECKING:
 
 PLAIN_SECONDS = 5.0  # between two lines where no terminal shows a moving bar
 SHOWN_FIELDS = 4
+SINKS = ("console", "jsonl", "tensorboard", "wandb", "trackio")
 
 
 class Tracker(Protocol):
@@ -179,3 +180,50 @@ class Trackers:
         """Close each."""
         for tracker in self._trackers:
             tracker.close()
+
+
+def open_sinks(
+    names: Sequence[str], run: Path, stage: str, *, total: int | None, start: int = 0, settings: Mapping[str, Any] | None = None
+) -> Tracker:
+    """The trackers of one stage of a run folder. Of several processes only the main one writes; the others get an empty tracker.
+
+    | name        | where the records go                                                        |
+    | ----------- | --------------------------------------------------------------------------- |
+    | console     | standard output                                                             |
+    | jsonl       | `logs/<stage>.jsonl`, which `athanor runs` and the report read              |
+    | tensorboard | `logs/tensorboard/<stage>/`: `tensorboard --logdir runs`                    |
+    | wandb       | Weights & Biases; its files in `logs/wandb/`, WANDB_MODE=offline for no network |
+    | trackio     | trackio's own database                                                      |
+
+    Args:
+        names: of SINKS.
+        run: the run folder.
+        stage: its name.
+        total: steps in all.
+        start: the step that it begins at; what was logged of later ones by a run that was killed is cut off.
+        settings: plain JSON, shown by W&B and trackio.
+
+    Raises:
+        ConfigError: a name that is no sink.
+        MissingExtraError: the sink's library is not installed.
+    """
+    for name in names:
+        if name not in SINKS:
+            raise ConfigError(f"no sink {name!r}{nearest(name, SINKS)} There are: {', '.join(SINKS)}.")
+    logs, opened = run / "logs", list[Tracker]()
+    try:
+        for name in dict.fromkeys(names) if dist.is_main() else ():
+            if name == "console":
+                opened.append(ConsoleTracker(stage, total, "step", start=start))
+            elif name == "jsonl":
+                opened.append(JsonlTracker(logs / f"{stage}.jsonl", last_step=start))
+            elif name == "tensorboard":
+                opened.append(_sinks.TensorBoardTracker(logs / "tensorboard" / stage, start))
+            elif name == "wandb":
+                opened.append(_sinks.WandbTracker(run, stage, logs / "wandb", settings or {}))
+            else:
+                opened.append(_sinks.TrackioTracker(run, stage, settings or {}))
+    except BaseException:
+        Trackers(opened).close()
+        raise
+    return Trackers(opened)

@@ -1,6 +1,6 @@
 """From sources to a corpus on disk: clean, deduplicate, hold out, write, and account for every byte.
 
-sources -> clean -> exact dedup -> held out by file -> train.jsonl, heldout.jsonl, heldout.txt, manifest.json
+sources -> clean -> exact dedup -> held out by file, or given -> train.jsonl, heldout.jsonl, heldout.txt, manifest.json
 
 The same text and options give the same bytes, however often it runs.
 """
@@ -63,7 +63,8 @@ class CorpusReport:
     """What a corpus was made of and what became of it. Bytes are of UTF-8.
 
     source              where the text comes from
-    seed, heldout_fraction, limit_bytes   the options of `build`
+    heldout             where the held-out text comes from; None where it is a share of the text
+    seed, heldout_fraction, limit_bytes   the options of `build`; no fraction where held-out text was given
     files               files found
     skipped             files and folders not used, by reason
     beyond_limit        files not read because limit_bytes was reached
@@ -77,8 +78,9 @@ class CorpusReport:
     """
 
     source: str
+    heldout: str | None
     seed: int
-    heldout_fraction: float
+    heldout_fraction: float | None
     limit_bytes: int | None
     files: int
     skipped: dict[str, int]
@@ -104,6 +106,7 @@ def build(
     out: str | os.PathLike[str],
     *,
     text: str | os.PathLike[str] | None = None,
+    heldout: str | os.PathLike[str] | None = None,
     heldout_fraction: float = 0.05,
     seed: int = 0,
     limit_bytes: int | None = None,
@@ -112,13 +115,15 @@ def build(
     """Write a corpus into the folder `out`, replacing a corpus that is there.
 
     Files are read in an order shuffled by the hash of (seed, name), which is the order of train.jsonl too. What is held out, see
-    `holdout`: `heldout_fraction` of the bytes, but at least 64 KiB (or a quarter, when that is less) and at most 2 MiB.
+    `holdout`: `heldout_fraction` of the bytes, but at least 64 KiB (or a quarter, when that is less) and at most 2 MiB; or all of
+    `heldout`, where that is given. Held-out text is read first, so documents of `text` that are equal to one of it are dropped.
 
     Args:
         out: folder for train.jsonl, heldout.jsonl ({"text", "source"} a line), heldout.txt (the held-out texts joined by
             newlines) and manifest.json (the report, and the names of what was skipped).
         text: a file or folder; None is Python's standard library.
-        limit_bytes: read no further documents once this much cleaned text was kept.
+        heldout: a file or folder that is held out, in place of a share of `text`.
+        limit_bytes: read no further documents of `text` once this much of it was kept, cleaned.
         exclude: folders inside `text` that are not to be read; `out` never is.
 
     Raises:
@@ -137,28 +142,41 @@ def build(
     skipped: Skipped = {}
     files = standard_library_files(skipped) if text is None else user_files(text, skipped, (*exclude, out))
     files.sort(key=lambda file: holdout.order(seed, file.name))
-    counts, dedup = _Counts(files=len(files)), ExactDedup()
+    given = [] if heldout is None else user_files(heldout, skipped, (*exclude, out))
+    counts, dedup = _Counts(files=len(files) + len(given)), ExactDedup()
     with io.atomic_dir(out) as folder:
         spool = folder / "spool.jsonl"
-        total = 0
+        total, names = 0, set[str]()
         with _open(spool) as lines:
+            for document in _kept(given, None, skipped, counts, dedup):
+                document = Document(document.text, f"heldout/{document.source}")
+                names.add(document.source)
+                lines.write(_line(document))
+            if heldout is not None and not names:
+                raise no_text(heldout, skipped)
+            read = counts.documents_read
             for document in _kept(files, limit_bytes, skipped, counts, dedup):
                 lines.write(_line(document))
                 total += len(document.text.encode("utf-8"))
-        if text is not None and counts.documents_read == 0:
+        if text is not None and counts.documents_read == read:
             raise no_text(text, skipped)
         if total < SMALLEST_CORPUS:
             raise DataError(
                 f"{source} has {total} bytes of text after cleaning (dropped: {dedup.duplicates} duplicates; not used:"
                 f" {summary(skipped) or 'none'}) and must have at least {SMALLEST_CORPUS} to train and to measure: give more text"
             )
-        target = holdout.target_bytes(total, heldout_fraction)
-        _write(folder, spool, holdout.choose(lambda: read_documents(spool), target, seed), counts)
+        if heldout is None:
+            target = holdout.target_bytes(total, heldout_fraction)
+            held = holdout.choose(lambda: read_documents(spool), target, seed)
+        else:
+            held = holdout.Holdout(frozenset(names), None)
+        _write(folder, spool, held, counts)
         spool.unlink()
         report = CorpusReport(
             source=source,
+            heldout=None if heldout is None else str(heldout),
             seed=seed,
-            heldout_fraction=heldout_fraction,
+            heldout_fraction=heldout_fraction if heldout is None else None,
             limit_bytes=limit_bytes,
             skipped={reason: len(names) for reason, names in sorted(skipped.items())},
             duplicates=dedup.duplicates,
@@ -166,8 +184,8 @@ def build(
             sha256={name: io.sha256_file(folder / name) for name in (TRAIN, HELDOUT, HELDOUT_TEXT)},
             **asdict(counts),
         )
-        names = {reason: sorted(names) for reason, names in sorted(skipped.items())}
-        io.write_json(folder / MANIFEST, {**asdict(report), "skipped_names": names})
+        unused = {reason: sorted(found) for reason, found in sorted(skipped.items())}
+        io.write_json(folder / MANIFEST, {**asdict(report), "skipped_names": unused})
     return report
 
 

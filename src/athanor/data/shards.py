@@ -110,15 +110,15 @@ def write_tokens(
     return report
 
 
-def ensure(folder: Path, tokenizer: Tokenizer, tokens: int) -> TokenShard:
-    """The shard of a corpus folder's train.jsonl with `tokens` tokens (or all that there are), written unless it is there."""
-    path = folder / "train.bin"
+def ensure(folder: Path, tokenizer: Tokenizer, tokens: int, documents: str = "train.jsonl") -> TokenShard:
+    """The shard of a corpus folder's `documents` with `tokens` tokens (or all that there are), written unless it is there."""
+    path = (folder / documents).with_suffix(".bin")
     if path.with_suffix(".json").exists():
         report = io.read_json(path.with_suffix(".json"))
         enough = report["tokens"] >= tokens or not report["limit_reached"]
         if report["tokenizer_hash"] == tokenizer.hash and enough:
             return TokenShard(path, tokenizer)
-    write_tokens(tokenizer, read_documents(folder / "train.jsonl"), path, limit_tokens=tokens)
+    write_tokens(tokenizer, read_documents(folder / documents), path, limit_tokens=tokens)
     return TokenShard(path, tokenizer)
 
 

@@ -16,6 +16,7 @@ from dataclasses import dataclass
 from pathlib import Path
 
 from athanor.core.errors import DataError
+from athanor.data import compressed
 from athanor.types import Document
 
 Skipped = dict[str, list[str]]
@@ -71,7 +72,7 @@ def user_files(path: str | os.PathLike[str], skipped: Skipped, exclude: Collecti
 
 
 def read_file(file: SourceFile, skipped: Skipped) -> Iterator[Document]:
-    """The documents of one file: one for each record of a .jsonl file, else one.
+    """The documents of one file, compressed (.gz, .bz2, .xz) or not: one for each record of a .jsonl file, else one.
 
     A .py file that declares another encoding (PEP 263) is decoded by it; anything else must be UTF-8. Files that are not are put
     down in `skipped`. Raises DataError when the file cannot be read or a record has no text.
@@ -79,12 +80,13 @@ def read_file(file: SourceFile, skipped: Skipped) -> Iterator[Document]:
     if not stat.S_ISREG(_stat(file.path).st_mode):  # opening a pipe would wait for ever
         _skip(skipped, "not a regular file", file.name)
         return
-    if file.path.suffix == ".jsonl":
+    if compressed.suffix(file.path) == ".jsonl":
         yield from read_documents(file.path, name=file.name)
         return
     try:
-        data = file.path.read_bytes()
-    except OSError as error:
+        with compressed.open_bytes(file.path) as opened:
+            data = opened.read()
+    except compressed.DAMAGED as error:
         raise _unreadable(file.path, error) from error
     if not data:
         _skip(skipped, "empty", file.name)
@@ -92,7 +94,8 @@ def read_file(file: SourceFile, skipped: Skipped) -> Iterator[Document]:
         _skip(skipped, "binary", file.name)
     else:
         try:
-            encoding = tokenize.detect_encoding(io.BytesIO(data).readline)[0] if file.path.suffix == ".py" else "utf-8-sig"
+            python = compressed.suffix(file.path) == ".py"
+            encoding = tokenize.detect_encoding(io.BytesIO(data).readline)[0] if python else "utf-8-sig"
             text = data.decode(encoding)
         except (UnicodeError, SyntaxError, LookupError):
             _skip(skipped, "not UTF-8", file.name)
@@ -137,12 +140,12 @@ def read_documents(path: str | os.PathLike[str], name: str | None = None) -> Ite
     """
     path = Path(path)
     try:
-        with path.open("rb") as lines:
+        with compressed.open_bytes(path) as lines:
             for number, line in enumerate(lines, 1):
                 if line.strip():
                     document = _record(line, f"{path}, line {number}", f"{name or path.name}:{number}")
                     yield document if name is None else Document(document.text, f"{name}:{number}")
-    except OSError as error:
+    except compressed.DAMAGED as error:
         raise _unreadable(path, error) from error
 
 
@@ -192,9 +195,9 @@ def _stat(path: Path) -> os.stat_result:
         raise _unreadable(path, error) from error
 
 
-def _unreadable(path: Path, error: OSError) -> DataError:
+def _unreadable(path: Path, error: Exception) -> DataError:
     what = "is a link to nothing" if path.is_symlink() and isinstance(error, FileNotFoundError) else "cannot be read"
-    why = error.strerror or str(error)
+    why = getattr(error, "strerror", None) or str(error)
     return DataError(f"{path} {what} ({why}), and every file must be readable: correct its permissions or remove it")
 
 

@@ -11,6 +11,7 @@ from typing import Any, Protocol
 import torch
 from torch import Tensor
 
+from athanor.core import config as configs
 from athanor.core import io, plugins
 from athanor.core.errors import CheckpointError, ConfigError, PluginError, nearest
 from athanor.core.weights import Weights, open_weights, save_sharded
@@ -53,6 +54,20 @@ def architecture(model_type: str) -> ModuleType:
         f"no architecture computes model_type {model_type!r}{nearest(model_type, [*known, *types])} There are:"
         f" {', '.join(sorted({*known, *types}))}. To add one, write the file models/{model_type}.py."
     )
+
+
+def shape(name: str, fields: Mapping[str, Any]) -> Any:
+    """The Config of an architecture ("gpt2"), or of one of its presets ("gpt2:gpt2-xl"), with `fields` changed.
+
+    Raises PluginError for an unknown architecture, ConfigError for an unknown preset or field, or a field of the wrong type.
+    """
+    family, _, preset = name.partition(":")
+    module = plugins.require("models", family, "Model", "Config")
+    presets = getattr(module, "PRESETS", {})
+    if preset and preset not in presets:
+        raise ConfigError(f"{family} has no preset {preset!r}{nearest(preset, presets)}; it has {', '.join(presets) or 'none'}")
+    known = configs.to_dict(presets[preset]) if preset else {}
+    return configs.from_dict(module.Config, known | dict(fields))
 
 
 def build(model_type: str, config: Any, *, seed: int | None = None) -> Any:

@@ -6,6 +6,7 @@ Legend: N tokens, D width, E experts, F inner width of an expert, k experts of a
 from __future__ import annotations
 
 from collections.abc import Callable, Iterator
+from functools import partial
 from typing import Any, NamedTuple
 
 import torch
@@ -13,6 +14,7 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 
 from athanor.nn.feedforward import ACTIVATIONS
+from athanor.nn.linear import multiply, pays
 from athanor.nn.norms import compute_dtype
 
 _aten = torch.ops.aten
@@ -29,6 +31,9 @@ _SLOPES: dict[str, Callable[..., Tensor]] = {
 # On CPUs oneDNN prepares code for every number of rows that it meets in half precision, which costs more than the product:
 # groups of tokens are filled up to a multiple of this.
 _GRAIN = 16
+# In float32 experts compute one after the other by oneDNN (`linear.py`) where a matrix has _LARGE entries or more and an expert
+# _MEAN rows on average: smaller products take no longer in MKL. Slices are filled up to a multiple of _ROWS then.
+_LARGE, _MEAN, _ROWS = 1 << 17, 16, 8
 
 
 class _Places(NamedTuple):
@@ -64,38 +69,65 @@ def _places(experts: Tensor, n_experts: int, grain: int, whole: bool) -> _Places
     return _Places(torch.empty_like(slot).scatter_(0, order, slot).view_as(experts), token, ends, used)
 
 
-def _grouped(rows: Tensor, width: int) -> bool:
-    """Whether `grouped_mm` takes such rows and matrices of such a width: it knows no float64, and wants strides of 16 bytes."""
-    return rows.dtype != torch.float64 and all(n * rows.element_size() % 16 == 0 for n in (rows.shape[1], width))
+def _spans(ends: Tensor) -> Iterator[tuple[int, int]]:
+    last = ends.tolist()
+    return zip([0, *last[:-1]], last, strict=True)
 
 
-def _times(rows: Tensor, weight: Tensor, ends: Tensor) -> Tensor:
-    """Each slice of rows times the matrix of its expert: (S, A), (E, A, B) -> (S, B); rows after the last end are not set."""
-    if not _grouped(rows, weight.shape[2]):
-        out = rows.new_empty(rows.shape[0], weight.shape[2])
-        for i, (a, b) in enumerate(_spans(ends)):
-            torch.mm(rows[a:b], weight[i], out=out[a:b])
-        return out
-    return F.grouped_mm(rows, weight, offs=ends)
+def _grouped(dtype: torch.dtype, *widths: int) -> bool:
+    """Whether `grouped_mm` takes matrices of such widths: it knows no float64, and wants strides of 16 bytes."""
+    return dtype != torch.float64 and all(n * dtype.itemsize % 16 == 0 for n in widths)
 
 
 def _outer(left: Tensor, right: Tensor, ends: Tensor) -> Tensor:
     """For each expert the product of its slices: (S, A), (S, B) -> (E, A, B)."""
-    if not _grouped(left, right.shape[1]):
-        return torch.stack([left[a:b].t() @ right[a:b] for a, b in _spans(ends)])
     return F.grouped_mm(left.t(), right, offs=ends)
 
 
-def _spans(ends: Tensor) -> Iterator[tuple[int, int]]:
-    last = ends.tolist()
-    return zip([0, *last[:-1]], last, strict=True)
+def _one(rows: Tensor, matrix: Tensor) -> Tensor:
+    """(S, A), (A, B) -> (S, B)."""
+    return multiply(rows, matrix.t(), _ROWS)
+
+
+class _Inside(NamedTuple):
+    """What experts make of their rows: y = product down^T, and product = active * second half of inner."""
+
+    inner: Tensor  # (S, 2F), or (S, F) without a gate
+    active: Tensor  # (S, F)
+    product: Tensor  # (S, F), `active` itself without a gate
+    y: Tensor  # (S, D)
+
+
+# Rows (S, A) times the matrix (A, B) of their expert, or those (E, A, B) of all.
+_Times = Callable[[Tensor, Tensor], Tensor]
+
+
+def _inside(rows: Tensor, up: Tensor, down: Tensor, activation: str, times: _Times) -> _Inside:
+    inner = times(rows, up.mT)
+    width = down.shape[-1]
+    active = ACTIVATIONS[activation](inner[:, :width])
+    product = active * inner[:, width:] if inner.shape[1] > width else active
+    return _Inside(inner, active, product, times(product, down.mT))
+
+
+def _slope(d_y: Tensor, down: Tensor, kept: _Inside, activation: str, times: _Times) -> Tensor:
+    """The gradient of `inner`."""
+    width = down.shape[-1]
+    d_product, d_inner = times(d_y, down), torch.empty_like(kept.inner)
+    if kept.inner.shape[1] > width:
+        torch.mul(d_product, kept.active, out=d_inner[:, width:])
+        d_product.mul_(kept.inner[:, width:])
+    _SLOPES[activation](d_product, kept.inner[:, :width], d_inner[:, :width])
+    return d_inner
 
 
 class _Mixture(torch.autograd.Function):
     """out[t] = sum over j of weights[t, j] down_e(act(gate_e x[t]) * up_e x[t]), e = experts[t, j], for a whole mixture at once.
 
     Tokens stand in the order of their experts, so that every expert reads and writes one slice; both ways between the two orders
-    are gathers (`embedding_bag` gathers k rows and sums them in one pass), never scatters of sums.
+    are gathers (`embedding_bag` gathers k rows and sums them in one pass), never scatters of sums. Experts compute their slices
+    together (`grouped_mm`) or, where oneDNN is the faster one, one after the other: then what is between two products is small
+    enough to stay in the cache, and nothing but the last product is ever put together.
     """
 
     @staticmethod
@@ -110,46 +142,59 @@ class _Mixture(torch.autograd.Function):
         whole: bool,  # whether no entry of `experts` is E
         dtype: torch.dtype,
     ) -> Tensor:
+        faster = experts.numel() >= _MEAN * up.shape[0] and min(up[0].numel(), down[0].numel()) >= _LARGE and pays(x, dtype)
         filled = x.device.type == "cpu" and dtype in (torch.bfloat16, torch.float16)
-        places = _places(experts, up.shape[0], _GRAIN if filled else 1, whole)
+        places = _places(experts, up.shape[0], _ROWS if faster else _GRAIN if filled else 1, whole)
         slot, token, ends, used = places
         up, down, weights = up.to(dtype), down.to(dtype), weights.to(dtype)
         rows = x.to(dtype).index_select(0, token)
-        inner = _times(rows, up.transpose(1, 2), ends)
-        width = down.shape[2]
-        gated = inner.shape[1] > width
-        active = ACTIVATIONS[activation](inner[:, :width])
-        product = active * inner[:, width:] if gated else active
-        y = _times(product, down.transpose(1, 2), ends)
-        if used is not None:
-            y[used:].zero_()
-        ctx.save_for_backward(rows, inner, active, product if gated else None, y, up, down, weights, slot, token, ends)
+        ctx.spans = None
+        if faster or not _grouped(dtype, *up.shape[1:], down.shape[2]):
+            ctx.spans = list(_spans(ends))
+            parts = [_inside(rows[a:b], up[e], down[e], activation, _one) for e, (a, b) in enumerate(ctx.spans)]
+            rest = len(token) - ctx.spans[-1][1]
+            y = torch.cat([part.y for part in parts] + [rows.new_zeros(rest, rows.shape[1])])
+        else:
+            parts = [_inside(rows, up, down, activation, partial(F.grouped_mm, offs=ends))]
+            y = parts[0].y
+            if used is not None:
+                y[used:].zero_()
+        kept = [t for part in parts for t in part[:3]]
+        ctx.save_for_backward(rows, y, up, down, weights, slot, token, ends, *kept)
         ctx.activation, ctx.used = activation, used
         return F.embedding_bag(slot, y, mode="sum", per_sample_weights=weights)
 
     @staticmethod
     def backward(ctx: Any, *grads: Tensor) -> tuple[Tensor | None, ...]:
-        rows, inner, active, product, y, up, down, weights, slot, token, ends = ctx.saved_tensors
-        width = down.shape[2]
+        rows, y, up, down, weights, slot, token, ends, *kept = ctx.saved_tensors
+        parts = [_Inside(*each, y) for each in zip(kept[::3], kept[1::3], kept[2::3], strict=True)]
+        need_x, need_up, need_down, _, need_weights = ctx.needs_input_grad[:5]
         d_y = grads[0].to(y.dtype).index_select(0, token)
-        d_weights = (d_y * y).sum(-1)[slot] if ctx.needs_input_grad[4] else None
+        d_weights = (d_y * y).sum(-1)[slot] if need_weights else None
         # Rows that fill slices up have weight 0: they stay out of every gradient.
         factors = weights.new_zeros(len(token)).scatter_(0, slot.flatten(), weights.flatten())
         d_y.mul_(factors.unsqueeze(1))
-        d_down = _outer(d_y, active if product is None else product, ends) if ctx.needs_input_grad[2] else None
-        d_product = _times(d_y, down, ends)
-        d_inner = torch.empty_like(inner)
-        if product is not None:
-            torch.mul(d_product, active, out=d_inner[:, width:])
-            d_product.mul_(inner[:, width:])
-        _SLOPES[ctx.activation](d_product, inner[:, :width], d_inner[:, :width])
-        d_up = _outer(d_inner, rows, ends) if ctx.needs_input_grad[1] else None
-        d_x = None
-        if ctx.needs_input_grad[0]:
-            d_rows = _times(d_inner, up, ends)
-            if ctx.used is not None:
+        d_x = d_up = d_down = None
+        if ctx.spans is None:
+            times = partial(F.grouped_mm, offs=ends)
+            d_down = _outer(d_y, parts[0].product, ends) if need_down else None
+            d_inner = _slope(d_y, down, parts[0], ctx.activation, times)
+            d_up = _outer(d_inner, rows, ends) if need_up else None
+            d_rows = times(d_inner, up) if need_x else None
+            if d_rows is not None and ctx.used is not None:
                 d_rows[ctx.used :].zero_()
-            d_x = F.embedding_bag(slot, d_rows, mode="sum")
+        else:
+            d_up, d_down = torch.empty_like(up) if need_up else None, torch.empty_like(down) if need_down else None
+            d_rows = torch.zeros_like(rows) if need_x else None
+            for e, ((a, b), part) in enumerate(zip(ctx.spans, parts, strict=True)):
+                d_inner = _slope(d_y[a:b], down[e], part, ctx.activation, _one)
+                if d_down is not None:
+                    torch.mm(d_y[a:b].t(), part.product, out=d_down[e])
+                if d_up is not None:
+                    torch.mm(d_inner.t(), rows[a:b], out=d_up[e])
+                if d_rows is not None:
+                    d_rows[a:b] = _one(d_inner, up[e])
+        d_x = F.embedding_bag(slot, d_rows, mode="sum") if d_rows is not None else None
         return d_x, d_up, d_down, None, d_weights, None, None, None
 
 

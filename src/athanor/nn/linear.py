@@ -30,18 +30,26 @@ def _find() -> Any:
 _POINTWISE = _find()
 
 
-def _pays(x: Tensor, weight: Tensor) -> bool:
+def pays(x: Tensor, dtype: torch.dtype) -> bool:
+    """Whether products of x in a dtype can be oneDNN's and are the faster for it, if their shapes come again."""
     return (
         _POINTWISE is not None
-        and x.dtype == weight.dtype == torch.float32
+        and dtype == torch.float32
         and x.device.type == "cpu"
-        and x.shape[-1] > 0
-        and x.numel() // x.shape[-1] % _ROWS == 0
-        and x.numel() > 0
-        and type(weight) in (Tensor, nn.Parameter)  # not of a kind that knows its own product
         and type(x) is Tensor
         and not torch.is_autocast_enabled("cpu")
         and not torch.compiler.is_compiling()
+    )
+
+
+def _pays(x: Tensor, weight: Tensor, rows: int = _ROWS) -> bool:
+    return (
+        x.dtype == weight.dtype
+        and pays(x, x.dtype)
+        and x.shape[-1] > 0
+        and x.numel() // x.shape[-1] % rows == 0
+        and x.numel() > 0
+        and type(weight) in (Tensor, nn.Parameter)  # not of a kind that knows its own product
     )
 
 
@@ -50,9 +58,12 @@ def _multiply(x: Tensor, weight: Tensor, bias: Tensor | None) -> Tensor:
     return out
 
 
-def multiply(x: Tensor, weight: Tensor) -> Tensor:
-    """x weight^T without a gradient: (N, I), (O, I) -> (N, O); `weight` may be a transposed view."""
-    return _multiply(x, weight, None) if _pays(x, weight) else torch.mm(x, weight.t())
+def multiply(x: Tensor, weight: Tensor, rows: int = _ROWS) -> Tensor:
+    """x weight^T without a gradient: (N, I), (O, I) -> (N, O); `weight` may be a transposed view.
+
+    `rows`: how coarse N is in what the caller asks, so that few of them ever come.
+    """
+    return _multiply(x, weight, None) if _pays(x, weight, rows) else torch.mm(x, weight.t())
 
 
 class _Product(torch.autograd.Function):

@@ -2,15 +2,32 @@
 
 from __future__ import annotations
 
-from torch import Tensor
+from collections.abc import Callable
+from dataclasses import dataclass
+from functools import partial
 
-from athanor.core.errors import NoTargetsError
 from athanor.models.base import CausalLM
 from athanor.nn.context import Packed
-from athanor.types import IGNORE, Batch
+from athanor.objectives._sequences import Loss, check_smoothing, cross_entropy, supervised, with_router
+from athanor.types import Batch
+
+KINDS: tuple[str, ...] = ("decoder",)
 
 
-def loss(model: CausalLM, batch: Batch) -> tuple[Tensor, int, dict[str, Tensor]]:
+@dataclass(frozen=True)
+class Config:
+    """Options of next-token prediction.
+
+    smoothing  how much of a target's probability is spread over the vocabulary while training; None is what the model says
+    """
+
+    smoothing: float | None = None
+
+    def __post_init__(self) -> None:
+        check_smoothing(self.smoothing)
+
+
+def loss(model: CausalLM, batch: Batch, smoothing: float | None = None) -> Loss:
     """Sum over supervised positions of -log p(label | what came before it in its own sequence), in nats.
 
     While a mixture of experts is trained, count times its `router_loss` is added, so that it counts for as much as the mean.
@@ -23,19 +40,14 @@ def loss(model: CausalLM, batch: Batch) -> tuple[Tensor, int, dict[str, Tensor]]
     Raises:
         NoTargetsError: nothing in the batch is supervised.
     """
-    at = (batch.labels != IGNORE).nonzero().squeeze(1)
-    if at.numel() == 0:
-        raise NoTargetsError(
-            f"batch {batch.origin!r}: all {batch.labels.numel()} labels are masked, so there is nothing to learn from it;"
-            " check that its conversations have an assistant turn that was not cut off"
-        )
+    at = supervised(batch, "check that its conversations have an assistant turn that was not cut off")
     hidden = model.hidden(batch.ids.unsqueeze(0), Packed(batch.lengths)).squeeze(0)
     if at.numel() < batch.labels.numel():
         hidden = hidden.index_select(0, at)
-    total, correct = model.cross_entropy(hidden, batch.labels[at])
-    metrics = {"correct": correct}
-    added = model.router_loss() if model.training else None
-    if added is not None:
-        total = total + added * at.numel()
-        metrics["router_loss"] = added.detach() * at.numel()
-    return total, at.numel(), metrics
+    total, correct = cross_entropy(model, hidden, batch.labels[at], smoothing)
+    return with_router(model, total, at.numel(), {"correct": correct})
+
+
+def build(config: Config) -> Callable[[CausalLM, Batch], Loss]:
+    """`loss` with these options."""
+    return partial(loss, smoothing=config.smoothing)

@@ -15,6 +15,8 @@ from athanor.models.base import CausalLM
 from athanor.nn.context import Packed
 from athanor.types import IGNORE, Batch
 
+DATA = "rollouts"
+
 
 @dataclass(frozen=True)
 class PolicyConfig:

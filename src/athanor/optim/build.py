@@ -2,70 +2,138 @@
 
 from __future__ import annotations
 
+from collections import defaultdict
+from collections.abc import Callable
 from dataclasses import dataclass
-from typing import Literal
+from functools import partial
+from typing import Any, Literal, get_args
 
 import torch
-from torch import nn
+from torch import Tensor, nn
 
-from athanor.core.errors import ConfigError
+from athanor.core.errors import ConfigError, nearest
+from athanor.optim.adafactor import Adafactor
+from athanor.optim.groups import heights, kinds
+from athanor.optim.master import Masters
 from athanor.optim.muon import Muon
+from athanor.optim.sharded import is_sharded
+
+Groups = list[dict[str, Any]]
+Make = Callable[[Groups], torch.optim.Optimizer]
+Name = Literal["adamw", "muon", "sgd", "adafactor"]
+# Fields that only some optimisers read, with the value that leaves them alone.
+_OWN: dict[str, tuple[Any, tuple[str, ...]]] = {
+    "beta1": (0.9, ("adamw", "muon")),
+    "beta2": (0.95, ("adamw", "muon")),
+    "momentum": (0.9, ("sgd",)),
+    "nesterov": (False, ("sgd",)),
+    "relative": (False, ("adafactor",)),
+}
 
 
 @dataclass(frozen=True)
 class OptimConfig:
     """How weights are updated.
 
-    name          adamw, or muon (matrices of hidden layers by Muon, everything else by AdamW)
+    name          adamw, muon (matrices of hidden layers by Muon, everything else by AdamW), sgd, or adafactor
     lr            peak learning rate
-    weight_decay  decoupled decay of matrices; vectors and embeddings have none
+    weight_decay  decay of matrices (sgd: added to their gradients; else decoupled); vectors and embeddings have none
     beta1         AdamW's decay of the first moment
     beta2         AdamW's decay of the second moment
+    momentum      of sgd
+    nesterov      of sgd: whether its momentum is Nesterov's
+    relative      of adafactor: whether a step is a share of the weights' own size, and at most 1/sqrt(step)
+    layer_decay   the rate of block l = 0 .. L-1 of L is lr layer_decay^(L - l), that of what lies below the blocks
+                  lr layer_decay^(L + 1), that of what lies above them lr (Howard and Ruder 2018; Clark et al. 2020)
     """
 
-    name: Literal["adamw", "muon"] = "muon"
+    name: Name = "muon"
     lr: float = 3e-3
     weight_decay: float = 0.01
     beta1: float = 0.9
     beta2: float = 0.95
+    momentum: float = 0.9
+    nesterov: bool = False
+    relative: bool = False
+    layer_decay: float = 1.0
 
     def __post_init__(self) -> None:
-        if self.name not in ("adamw", "muon"):
-            raise ConfigError(f"optim.name ({self.name!r}) must be 'adamw' or 'muon'")
+        if self.name not in get_args(Name):
+            raise ConfigError(
+                f"optim.name ({self.name!r}) must be one of {', '.join(get_args(Name))}{nearest(self.name, get_args(Name))}"
+            )
         if not self.lr > 0:
             raise ConfigError(f"optim.lr ({self.lr}) must be positive")
         if not self.weight_decay >= 0:
             raise ConfigError(f"optim.weight_decay ({self.weight_decay}) must not be negative")
-        for name in ("beta1", "beta2"):
+        for name in ("beta1", "beta2", "momentum"):
             if not 0 <= getattr(self, name) < 1:
                 raise ConfigError(f"optim.{name} ({getattr(self, name)}) must lie in [0, 1)")
+        if not 0 < self.layer_decay <= 1:
+            raise ConfigError(f"optim.layer_decay ({self.layer_decay}) must lie in (0, 1]: 0.75 is usual for tuning, 1 is off")
+        for name, (default, readers) in _OWN.items():
+            if getattr(self, name) != default and self.name not in readers:
+                raise ConfigError(
+                    f"optim.{name} ({getattr(self, name)}) is read by {' and '.join(readers)} only, and optim.name is"
+                    f" {self.name!r}: leave it at {default}"
+                )
+        if self.nesterov and not self.momentum:
+            raise ConfigError("optim.nesterov needs momentum, and optim.momentum is 0: 0.9 is usual")
 
 
 def build(model: nn.Module, config: OptimConfig, *, bf16: bool = False) -> list[torch.optim.Optimizer]:
-    """The optimisers of `model`; each parameter is in exactly one.
+    """The optimisers of `model`; each trainable parameter is in exactly one, in one group.
 
-    Hidden matrices are two-dimensional parameters that are neither embeddings nor the output layer.
+    Each group has its `base_lr`, its peak rate. Weights of 16 bits are updated through float32 copies (`master.py`). Parameters
+    that are spread over processes and those that are not have groups of their own.
+
+    Args:
+        model: whose parameters; what decays and what Muon takes is said in `groups.py`.
+        config: how.
+        bf16: whether Muon orthogonalises in bfloat16.
+
+    Raises:
+        ConfigError: nothing to train; layer-wise rates for a model without blocks.
     """
-    matrices, tables, vectors = [], [], []
-    embeddings = {id(m.weight) for m in model.modules() if isinstance(m, nn.Embedding)}
-    for name, p in model.named_parameters():
-        if not p.requires_grad:
-            continue
-        if p.ndim != 2:
-            vectors.append(p)
-        elif id(p) in embeddings or name.startswith("head"):
-            tables.append(p)
-        else:
-            matrices.append(p)
-    adam = [{"params": tables + vectors, "weight_decay": 0.0}]
+    named = {name: p for name, p in model.named_parameters() if p.requires_grad}
+    if not named:
+        raise ConfigError("the model has no trainable parameter, so there is nothing to build an optimiser for")
+    kind = kinds(model)
+    height = heights(model) if config.layer_decay != 1 else dict.fromkeys(named, 0)
+    members: dict[tuple[Any, ...], list[Tensor]] = defaultdict(list)
+    order = {"table": 0, "vector": 1, "matrix": 2}
+    for name in sorted(named, key=lambda n: order[kind[n]]):
+        p, matrix = named[name], kind[name] == "matrix"
+        by_muon = matrix and config.name == "muon"
+        members[by_muon, is_sharded(p), p.dtype.itemsize < 4, matrix, height[name]].append(p)
     optimizers: list[torch.optim.Optimizer] = []
-    if config.name == "muon" and matrices:
-        dtype = torch.bfloat16 if bf16 else torch.float32
-        optimizers.append(Muon(matrices, config.lr, weight_decay=config.weight_decay, dtype=dtype))
-    else:
-        adam.append({"params": matrices, "weight_decay": config.weight_decay})
-    optimizers.append(torch.optim.AdamW(adam, lr=config.lr, betas=(config.beta1, config.beta2), fused=True))
-    for optimizer in optimizers:
-        for group in optimizer.param_groups:
-            group["base_lr"] = group["lr"]
+    for by_muon, sharded, half in sorted({key[:3] for key in members}, key=lambda key: (not key[0], *key[1:])):
+        groups = [
+            {"params": params, "lr": rate, "base_lr": rate, "weight_decay": config.weight_decay if matrix else 0.0}
+            for (*what, matrix, below), params in members.items()
+            if what == [by_muon, sharded, half] and (rate := config.lr * config.layer_decay**below)
+        ]
+        if by_muon:
+            make: Make = partial(Muon, lr=config.lr, dtype=torch.bfloat16 if bf16 else torch.float32)
+        else:
+            make = _MAKERS[config.name](config, sharded)
+        optimizers.append(Masters(groups, make) if half else make(groups))
     return optimizers
+
+
+def _adamw(config: OptimConfig, sharded: bool) -> Make:
+    # Fused kernels do not take tensors that are spread over processes on every device.
+    betas = config.beta1, config.beta2
+    return partial(torch.optim.AdamW, lr=config.lr, betas=betas, fused=not sharded, foreach=sharded)
+
+
+def _sgd(config: OptimConfig, sharded: bool) -> Make:
+    beta, nesterov = config.momentum, config.nesterov
+    return partial(torch.optim.SGD, lr=config.lr, momentum=beta, nesterov=nesterov, fused=not sharded, foreach=sharded)
+
+
+def _adafactor(config: OptimConfig, sharded: bool) -> Make:
+    return partial(Adafactor, lr=config.lr, relative=config.relative)
+
+
+_MAKERS = {"adamw": _adamw, "muon": _adamw, "sgd": _sgd, "adafactor": _adafactor}

@@ -9,6 +9,8 @@ from typing import Any
 import torch
 from torch import Tensor
 
+from athanor.optim.sharded import gradient, local, part, whole
+
 # Quintic whose iteration drives every singular value into [0.7, 1.2] (Jordan et al. 2024).
 _A, _B, _C = 3.4445, -4.7750, 2.0315
 
@@ -36,7 +38,11 @@ class Muon(torch.optim.Optimizer):
     m <- momentum m + g;  u = orthogonalise(g + momentum m);  w <- w (1 - lr decay) - lr 0.2 sqrt(max(rows, cols)) u.
 
     The factor gives updates the root mean square of AdamW's (Liu et al. 2025), so that both take one learning rate.
-    Matrices of one shape are orthogonalised together, which is what makes it cheap for small models.
+    Matrices of one shape are orthogonalised together, which is what makes it cheap for small models. A parameter of more than two
+    dimensions (the experts of a mixture) is a batch of matrices.
+
+    Of a parameter that is spread over processes (DTensor) each process keeps its part of the momentum; the matrix is gathered,
+    orthogonalised by every process, and each applies its part. All processes must hold the same parameters in the same order.
 
     Args:
         parameters: matrices.
@@ -48,7 +54,7 @@ class Muon(torch.optim.Optimizer):
 
     def __init__(
         self,
-        parameters: Iterable[Tensor],
+        parameters: Iterable[Tensor] | Iterable[dict[str, Any]],
         lr: float,
         momentum: float = 0.95,
         weight_decay: float = 0.0,
@@ -67,18 +73,21 @@ class Muon(torch.optim.Optimizer):
                 if p.grad is not None:
                     by_shape[p.shape].append(p)
             for shape, params in by_shape.items():
-                self._update(params, max(shape), group)
+                self._update(params, shape, group)
         return loss
 
-    def _update(self, params: list[Tensor], longest: int, group: dict[str, Any]) -> None:
-        grads: list[Tensor] = [p.grad for p in params if p.grad is not None]
+    def _update(self, params: list[Tensor], shape: torch.Size, group: dict[str, Any]) -> None:
         for p in params:
             if "momentum" not in self.state[p]:
                 self.state[p]["momentum"] = torch.zeros_like(p)
-        buffers = [self.state[p]["momentum"] for p in params]
+        grads = [local(gradient(p)) for p in params]
+        buffers = [local(self.state[p]["momentum"]) for p in params]
         torch._foreach_mul_(buffers, group["momentum"])
         torch._foreach_add_(buffers, grads)
         nesterov = torch._foreach_add(grads, buffers, alpha=group["momentum"])
-        updates = orthogonalise(torch.stack(nesterov), self.dtype).unbind(0)
-        torch._foreach_mul_(params, 1 - group["lr"] * group["weight_decay"])
-        torch._foreach_add_(params, updates, alpha=-group["lr"] * 0.2 * longest**0.5)
+        matrices = torch.stack([whole(x, p) for x, p in zip(nesterov, params, strict=True)])
+        updates = orthogonalise(matrices.view(-1, *shape[-2:]), self.dtype).view_as(matrices).unbind(0)
+        weights = [local(p) for p in params]
+        torch._foreach_mul_(weights, 1 - group["lr"] * group["weight_decay"])
+        applied = [part(u, p) for u, p in zip(updates, params, strict=True)]
+        torch._foreach_add_(weights, applied, alpha=-group["lr"] * 0.2 * max(shape[-2:]) ** 0.5)

@@ -6,6 +6,7 @@ from dataclasses import asdict, dataclass
 from pathlib import Path
 
 from athanor.core import config as configs
+from athanor.core.errors import ConfigError
 from athanor.core.stage import Stage
 from athanor.data import compressors, corpus
 
@@ -18,18 +19,29 @@ class Config:
     """Run folder; the corpus goes to its `corpus/`."""
     text: Path | None = None
     """A file or folder of text of your own; without it the sources and documentation of Python's standard library."""
+    heldout: Path | None = None
+    """A file or folder of text that is held out, in place of a share of the text."""
     heldout_fraction: float = 0.015
     """Share of the bytes held out, by whole files."""
     seed: int = 0
-    """Which files are held out."""
+    """Which files are held out, and the order of the others."""
 
 
 def main(config: Config) -> int:
-    stage = Stage(config.run, "corpus", configs.to_dict(config) | {"run": ""})
+    if config.heldout is not None and config.heldout_fraction != Config.heldout_fraction:
+        raise ConfigError(
+            f"heldout_fraction ({config.heldout_fraction}) does not go with heldout ({config.heldout}), which is held out whole:"
+            " give one of them"
+        )
+    settings = configs.to_dict(config) | {"run": ""}
+    if config.heldout is None:
+        del settings["heldout"]  # runs from before there was such an option go on
+    stage = Stage(config.run, "corpus", settings)
     if stage.record is None:
         report = corpus.build(
             config.run / "corpus",
             text=config.text,
+            heldout=config.heldout,
             heldout_fraction=config.heldout_fraction,
             seed=config.seed,
             exclude=[config.run],

@@ -1,143 +1,146 @@
-"""Pre-train a language model from scratch on a run's corpus, skills mixed in as plain text."""
+"""Pre-train a language model of any architecture from scratch on a run's corpus, skills mixed in as plain text."""
 
 from __future__ import annotations
 
-from dataclasses import asdict, dataclass, field
+from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
 
-import torch
-
-from athanor.core import config as configs
-from athanor.core import plugins
-from athanor.core.device import Precision, default_device
+from athanor.core import dist
 from athanor.core.errors import ConfigError
 from athanor.core.stage import Stage, require
 from athanor.data import corpus, shards
 from athanor.data.pack import Rows, fill, join
-from athanor.evals import lessons, likelihood, skill
+from athanor.evals import lessons, skill
 from athanor.lm import LM
 from athanor.models import io as models
-from athanor.optim.build import OptimConfig, build
-from athanor.optim.schedules import warmup_cosine
+from athanor.models.base import LanguageModel
+from athanor.objectives._pretraining import Pretraining, choose, generator
+from athanor.optim.ema import EMA
+from athanor.optim.schedules import schedule
 from athanor.tokenizer.bpe import Tokenizer
 from athanor.train.loop import Hook, fit
+from athanor.train.monitor import Monitor, heldout
+from athanor.train.parallel import group
+from athanor.train.parallel.base import Alone
+from athanor.train.setup import TrainConfig, keywords, layout_of, ready, settings, whole
 from athanor.train.state import StateStore
 from athanor.train.watch import watching
+from athanor.train.weights import continue_from
 from athanor.types import Batch
 
 POSITIONAL = ("run",)
+HELDOUT_TOKENS = 32_768  # that the curve is drawn by
 
 
 @dataclass(frozen=True)
-class Shape:
-    """Shape of the model; see the architecture's own Config."""
-
-    d_model: int = 192
-    n_layers: int = 4
-    n_heads: int = 3
-    n_kv_heads: int = 1
-    d_ff: int = 512
-
-
-@dataclass(frozen=True)
-class Config:
+class Config(TrainConfig):
     run: Path
     """Run folder with corpus and tokenizer; the model goes to its `base/`."""
     arch: str = "llama"
-    """Architecture: a file of `models/`."""
+    """Architecture: a file of `models/`, or one of its published shapes, such as gpt2:gpt2."""
+    shape: dict[str, Any] = field(default_factory=dict)
+    """Fields of the architecture's Config, such as --shape.d-model 256."""
+    begin: Path | None = None
+    """Weights to begin with: a model folder or a checkpoint; fresh ones without."""
     objective: str = "next_token"
     """Objective: a file of `objectives/`."""
-    steps: int = 400
-    """Updates."""
-    batch_tokens: int = 8192
-    """Tokens of one update."""
-    accumulate: int = 1
-    """Micro-batches that an update is split into; changes memory, not the result."""
+    options: dict[str, Any] = field(default_factory=dict)
+    """Fields of the objective's Config, such as --options.rate 0.3."""
     context: int = 256
     """Tokens of a row."""
     skills: tuple[str, ...] | None = None
     """Skills mixed in as plain text; all by default."""
     skill_share: float = 0.3
     """Share of the tokens that are skills."""
-    precision: Precision = "bf16"
-    """Of the matrix products: bf16 or fp32."""
-    clip: float = 1.0
-    """Largest global gradient norm."""
-    save_seconds: float = 15.0
-    """Time between two saves of the training state; changes nothing else."""
-    seed: int = 0
-    """Of weights and data order."""
-    shape: Shape = field(default_factory=Shape)
-    optim: OptimConfig = field(default_factory=OptimConfig)
 
 
 def main(config: Config) -> int:
     if not 0 <= config.skill_share < 1:
         raise ConfigError(f"skill_share ({config.skill_share}) must lie in [0, 1)")
-    rows_per_step = round(config.batch_tokens * (1 - config.skill_share) / config.context / config.accumulate)
-    if config.steps < 1 or config.accumulate < 1 or rows_per_step < 1:
+    layout = layout_of(config)
+    rows = round(config.batch_tokens * (1 - config.skill_share) / config.context / config.accumulate)
+    if rows < 1:
         raise ConfigError(
-            f"steps ({config.steps}) and accumulate ({config.accumulate}) must be at least 1, and batch_tokens"
-            f" ({config.batch_tokens}) / accumulate must hold a row of context ({config.context}) tokens"
+            f"batch_tokens ({config.batch_tokens}) / accumulate ({config.accumulate}) must hold a row of context"
+            f" ({config.context}) tokens"
         )
-    settings = configs.to_dict(config) | {"run": "", "save_seconds": None, "skills": _names(config)}
-    stage = Stage(config.run, "pretrain", settings)
+    stage = Stage(config.run, "pretrain", settings(config) | {"skills": _names(config)})
     if stage.record is None:
-        _train(config, stage, rows_per_step)
+        group.start("pretrain", config, layout, config.run / "logs", config.restarts)
+        with group.strategy(layout) as strategy:
+            _train(config, stage, rows, strategy)
+            if not dist.is_main():
+                return 0
     r = stage.record or {}
     print(f"pretrain: {r['parameters']:,} parameters, {r['tokens']:,} tokens, last loss {r['curve'][-1]['loss']:.3f}")
     return 0
 
 
-def _train(config: Config, stage: Stage, rows: int) -> None:
+def _train(config: Config, stage: Stage, rows: int, strategy: Alone) -> None:
     run = config.run
     corpus_hash = require(run, "corpus")["hashes"]["train.jsonl"]
     tokenizer = Tokenizer.load(run / "tokenizer")
-    names = _names(config)
-    model_config = plugins.require("models", config.arch, "Model", "Config").Config(tokenizer.vocab_size, **asdict(config.shape))
-    model = models.build(config.arch, model_config, seed=config.seed).to(default_device())
-    needed = rows * config.accumulate * config.steps * config.context
-    order = Rows(shards.ensure(run / "corpus", tokenizer, needed + config.context), config.context, config.seed)
-    skill_tokens = round(config.batch_tokens * config.skill_share / config.accumulate)
+    shape = models.shape(config.arch, config.shape | {"vocab_size": tokenizer.vocab_size})
+
+    def make() -> tuple[LanguageModel, Pretraining]:
+        fresh = models.build(config.arch.partition(":")[0], shape, seed=config.seed).to(strategy.device)
+        return fresh, choose(config.objective, fresh, config.options, tokenizer, config.context, config.seed)
+
+    model, pretraining = make()
+    with dist.main_first():
+        needed = rows * config.accumulate * config.steps * config.context
+        shard = shards.ensure(run / "corpus", tokenizer, needed + config.context)
+        kept = shards.ensure(run / "corpus", tokenizer, HELDOUT_TOKENS, corpus.HELDOUT)
+    order, quiz = Rows(shard, config.context, config.seed), Rows(kept, config.context, config.seed)
+    names, skill_tokens = _names(config), round(config.batch_tokens * config.skill_share / config.accumulate)
 
     def batches(step: int) -> list[Batch]:
         micro = []
-        for i in range(step * config.accumulate, (step + 1) * config.accumulate):
-            parts = [order.batch(i * rows, rows)]
+        for part in range(config.accumulate):
+            i = step * config.accumulate + part
+            pieces = [order.batch(i * rows, rows)]
             if skill_tokens:
-                parts.append(lessons.batch(tokenizer, names, "text", config.seed * 1_000_003 + i, skill_tokens))
-            micro.append(fill(join(parts)))
+                pieces.append(lessons.batch(tokenizer, names, "text", config.seed * 1_000_003 + i, skill_tokens))
+            micro.append(fill(pretraining.prepare(join(pieces), generator(config.seed, step, part))))
         return micro
 
-    sample = corpus.sample(run / "corpus" / corpus.HELDOUT, 100_000)  # enough to watch a curve by
-
-    def watch(step: int) -> dict[str, Any]:
-        model.eval()
-        value = likelihood.bits_per_byte(model, tokenizer, sample, window=config.context, precision=config.precision)
-        model.train()
-        return {"heldout_bits_per_byte": value}
-
-    identity = stage.settings | {"corpus": corpus_hash, "tokenizer": tokenizer.hash, "threads": torch.get_num_threads()}
-    store = StateStore(run / "state" / "pretrain", identity)
-    with watching(run, "pretrain", config.steps, store) as tracker:
+    count = min(quiz.count, HELDOUT_TOKENS // config.context)
+    exam = [quiz.batch(i, min(rows, count - i)) for i in range(0, count, rows)]
+    exam = [fill(pretraining.prepare(b, generator(config.seed, i, HELDOUT_TOKENS))) for i, b in enumerate(exam)]
+    plain = config.objective == "next_token"
+    ratio = kept.report.bytes / kept.report.tokens if plain else None
+    monitor = None
+    if config.detail:
+        monitor = Monitor(model, context=config.context, precision=config.precision, every=config.detail, likelihood=plain)
+    if config.begin is not None:
+        continue_from(config.begin, model)
+    model, optimizers = ready(model, config, strategy, pretraining.loss, batches(0)[0])
+    ema = EMA(model, config.ema) if config.ema else None
+    watch = heldout(model, pretraining.loss, exam, precision=config.precision, strategy=strategy, bytes_per_token=ratio)
+    identity = stage.settings | {"corpus": corpus_hash, "tokenizer": tokenizer.hash}
+    store = StateStore(run / "state" / "pretrain", identity, config.keep)
+    with watching(run, "pretrain", config.steps, store, config.sinks) as tracker:
         progress = fit(
             model,
-            plugins.require("objectives", config.objective, "loss").loss,
+            pretraining.loss,
             batches,
-            build(model, config.optim, bf16=config.precision == "bf16"),
-            warmup_cosine(config.steps, max(1, config.steps // 20), 0.05),
-            steps=config.steps,
-            precision=config.precision,
-            clip=config.clip,
+            optimizers,
+            schedule(config.schedule, config.steps),
             store=store,
-            save_seconds=config.save_seconds,
             hooks=[Hook(watch, max(1, config.steps // 8))],
             tracker=tracker,
+            monitor=monitor,
+            ema=ema,
+            **keywords(config, strategy),
         )
-    LM(model, tokenizer).save(run / "base", parent=None, corpus=corpus_hash)
-    tokens = sum(r["tokens"] for r in progress.history)
-    stage.finish(parameters=model.n_parameters(), tokens=tokens, steps=config.steps, curve=progress.history, fit=progress.seconds)
+    trained = whole(lambda: make()[0], model, optimizers, progress, store, strategy, ema)
+    if dist.is_main():
+        LM(trained, tokenizer).save(run / "base", parent=None, corpus=corpus_hash)
+        tokens = sum(r.get("tokens", 0) for r in progress.history)
+        stage.finish(
+            parameters=trained.n_parameters(), tokens=tokens, steps=progress.step, curve=progress.history, fit=progress.seconds
+        )
     store.clear()
 
 

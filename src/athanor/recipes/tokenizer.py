@@ -27,19 +27,24 @@ class Config:
     """Characters of the train split (its documents lie in random order) that merges are learned from."""
     skills: int = 4000
     """Training examples of the skills read beside it, so that their words, Chinese ones too, become tokens."""
+    noise: int = 0
+    """Sentinels that the vocabulary gets, and a mask with them: objectives that corrupt text need them; T5 has 100."""
 
 
 def main(config: Config) -> int:
     if config.sample < 1 or config.skills < 0:
         raise ConfigError(f"sample ({config.sample}) must be at least 1 character, skills ({config.skills}) at least 0 examples")
-    stage = Stage(config.run, "tokenizer", configs.to_dict(config) | {"run": ""})
+    settings = configs.to_dict(config) | {"run": ""}
+    if not config.noise:
+        del settings["noise"]  # runs from before there was such an option go on
+    stage = Stage(config.run, "tokenizer", settings)
     if stage.record is None:
         require(config.run, "corpus")
         sample = [d.text for d in corpus.beginning(config.run / "corpus" / corpus.TRAIN, config.sample)]
         names = skill.names() if config.skills else []
         lessons = islice(skill.examples(names, "train", seed=0), config.skills) if names else ()
         talk = ["\n".join((*(m.content for m in e.conversation), e.conversation[1].reasoning or "")) for e in lessons]
-        tokenizer = Tokenizer.train([*sample, *talk], config.vocab_size)
+        tokenizer = Tokenizer.train([*sample, *talk], config.vocab_size, config.noise)
         with io.atomic_dir(config.run / "tokenizer") as folder:
             tokenizer.save(folder)
         heldout = [d.text for d in corpus.read_documents(config.run / "corpus" / corpus.HELDOUT)]

@@ -14,17 +14,14 @@ import numpy as np
 from jinja2 import Environment, FileSystemLoader, StrictUndefined
 from matplotlib.colors import LinearSegmentedColormap
 from matplotlib.figure import Figure
-from matplotlib.font_manager import fontManager
 
 from athanor.core.io import atomic_file, atomic_write
 from athanor.report import words
-from athanor.report.svg import DARK, LIGHT, style
+from athanor.report.svg import DARK, LIGHT, faces, style
 
 _HERE = Path(__file__).parent
 _LABELLED = 48  # tokens, up to which they are written beside a map
 _GRID, _SIDE = 1040, 430  # pixels: width of the grid of heads, and of the mean map's sides
-# The first has most signs; the others have Chinese, where one is installed.
-_FACES = ["DejaVu Sans", "Noto Sans CJK SC", "Noto Sans SC", "WenQuanYi Zen Hei", "PingFang SC", "Heiti SC"]
 
 
 @dataclass(frozen=True)
@@ -53,12 +50,10 @@ def _shown(token: str) -> str:
 
 def draw(title: str, panels: Sequence[Panel], path: Path) -> None:
     """The picture: of each panel the mean of all heads with its tokens, and every head of every layer. SVG, PNG or PDF."""
-    there = {font.name for font in fontManager.ttflist}
-    faces = [face for face in _FACES if face in there] or ["sans-serif"]
     ramp = LinearSegmentedColormap.from_list("attention", [LIGHT.paper, LIGHT.accent, LIGHT.ink])
     heights = [_height(panel) for panel in panels]
     width, height = _GRID + 110, 70 + sum(heights)
-    with style(LIGHT, "attention"), warnings.catch_warnings(), matplotlib.rc_context({"font.family": faces}):
+    with style(LIGHT, "attention"), warnings.catch_warnings(), matplotlib.rc_context({"font.family": faces()}):
         # Letters that no installed font has are empty boxes in the picture; the page has them all.
         warnings.filterwarnings("ignore", message="Glyph .* missing from font")
         figure = Figure(figsize=(width / 72, height / 72), dpi=72, facecolor=LIGHT.paper)

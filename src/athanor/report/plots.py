@@ -3,9 +3,8 @@
 from __future__ import annotations
 
 import io
-import xml.etree.ElementTree as ET
 from collections.abc import Mapping, Sequence
-from dataclasses import asdict, dataclass
+from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
@@ -18,7 +17,7 @@ from athanor.core.errors import ConfigError
 from athanor.core.io import atomic_write
 from athanor.report import words
 from athanor.report.data import COMPRESSED, Report, parent, rungs
-from athanor.report.svg import DARK, FONTS, LIGHT, STAND_INS, SVG, VARIABLES, Palette, element, inline, style, to_text
+from athanor.report.svg import LIGHT, STAND_INS, Palette, inline, standalone, style
 from athanor.report.svg import figure as new_figure
 
 RUNG_WORDS = {"base": "pre-trained", "sft": "taught skills", "rl": "reinforced", "int8": "8-bit weights", "int4": "4-bit weights"}
@@ -121,15 +120,7 @@ def ladder_inline(report: Report, narrow: bool = False) -> str:
 def ladder_svg(report: Report) -> str:
     """The ladder as a file of its own: with a title, its own paper, and a dark version inside."""
     with style(STAND_INS, "ladder"):
-        root = element(_draw_ladder(report, 820, 460, STAND_INS, titled=True), "ladder", describe_ladder(report))
-    light, dark = (";".join(f"--{k}:{v}" for k, v in asdict(p).items()) for p in (LIGHT, DARK))
-    sheet = ET.Element(f"{{{SVG}}}style")
-    sheet.text = f":root{{{light};font-family:{FONTS}}}@media(prefers-color-scheme:dark){{:root{{{dark}}}}}"
-    paper = ET.Element(f"{{{SVG}}}rect", {"width": "100%", "height": "100%", "style": f"fill: {STAND_INS.paper}"})
-    root.insert(0, sheet)
-    root.insert(1, paper)
-    root.attrib |= {"width": "820", "height": "460"}
-    return '<?xml version="1.0" encoding="utf-8"?>\n' + to_text(root, VARIABLES) + "\n"
+        return standalone(_draw_ladder(report, 820, 460, STAND_INS, titled=True), "ladder", describe_ladder(report), 820, 460)
 
 
 def write_ladder(report: Report, path: str | Path) -> Path:

@@ -9,6 +9,7 @@ from __future__ import annotations
 
 import io
 import re
+import warnings
 import xml.etree.ElementTree as ET
 from collections.abc import Iterator, Mapping
 from contextlib import contextmanager
@@ -18,10 +19,12 @@ from typing import Any
 import matplotlib
 from matplotlib.axes import Axes
 from matplotlib.figure import Figure
+from matplotlib.font_manager import fontManager
 
 SVG = "http://www.w3.org/2000/svg"
 _HREF = "{http://www.w3.org/1999/xlink}href"
 FONTS = "system-ui, -apple-system, 'Segoe UI', Roboto, 'Noto Sans', sans-serif"
+CHINESE = ("Noto Sans CJK SC", "Noto Sans SC", "WenQuanYi Zen Hei", "PingFang SC", "Heiti SC")
 
 
 @dataclass(frozen=True, slots=True)
@@ -43,6 +46,12 @@ class Palette:
 LIGHT = Palette(ink="#1f1d1a", muted="#6b665e", line="#e2ddd3", accent="#b0471c", paper="#fdfcf9")
 DARK = Palette(ink="#ebe7df", muted="#a39d92", line="#38342e", accent="#f0905f", paper="#171614")
 STAND_INS = Palette(ink="#000001", muted="#000002", line="#000003", accent="#000004", paper="#000005")
+
+
+def faces() -> list[str]:
+    """Installed fonts for pictures of pixels: the first has most signs, the others have Chinese (CHINESE), where there is one."""
+    there = {font.name for font in fontManager.ttflist}
+    return [face for face in ("DejaVu Sans", *CHINESE) if face in there] or ["sans-serif"]
 
 
 @contextmanager
@@ -91,7 +100,9 @@ def figure(width: float, height: float, margins: tuple[float, float, float, floa
 def element(drawing: Figure, salt: str, description: str) -> ET.Element:
     """The figure as an <svg> element for embedding: described, sized by its viewBox, ids only where they are referred to."""
     buffer = io.StringIO()
-    drawing.savefig(buffer, format="svg", metadata={"Date": None})
+    with warnings.catch_warnings():
+        warnings.filterwarnings("ignore", message="Glyph .* missing from font")  # text stays text: the reader's fonts count
+        drawing.savefig(buffer, format="svg", metadata={"Date": None})
     source = buffer.getvalue().replace(f"{{{SVG}}}", "")
     root = ET.fromstring(source)
     for part in root.iter():
@@ -133,3 +144,16 @@ VARIABLES = {name: f"var(--{name})" for name in asdict(STAND_INS)}
 def inline(drawing: Figure, salt: str, description: str) -> str:
     """The figure for the page; `salt` is its name there, `description` what a screen reader says."""
     return to_text(element(drawing, salt, description), VARIABLES)
+
+
+def standalone(drawing: Figure, salt: str, description: str, width: int, height: int) -> str:
+    """The figure as a file of its own: with its own paper, and a dark version inside."""
+    root = element(drawing, salt, description)
+    light, dark = (";".join(f"--{k}:{v}" for k, v in asdict(p).items()) for p in (LIGHT, DARK))
+    sheet = ET.Element(f"{{{SVG}}}style")
+    sheet.text = f":root{{{light};font-family:{FONTS}}}@media(prefers-color-scheme:dark){{:root{{{dark}}}}}"
+    paper = ET.Element(f"{{{SVG}}}rect", {"width": "100%", "height": "100%", "style": f"fill: {STAND_INS.paper}"})
+    root.insert(0, sheet)
+    root.insert(1, paper)
+    root.attrib |= {"width": str(width), "height": str(height)}
+    return '<?xml version="1.0" encoding="utf-8"?>\n' + to_text(root, VARIABLES) + "\n"

@@ -69,6 +69,21 @@ def duration(seconds: float) -> str:
     return " ".join(parts)
 
 
+def short(count: float) -> str:
+    """A count in three digits: 3.28M, 492k, 17."""
+    for scale, unit in ((1e9, "G"), (1e6, "M"), (1e3, "k")):
+        if count >= 0.9995 * scale:
+            return f"{float(f'{count / scale:.3g}'):g}{unit}"
+    return number(count)
+
+
+def clock(seconds: float) -> str:
+    """1:02:03 or 2:30"""
+    minutes, rest = divmod(round(seconds), 60)
+    hours, minutes = divmod(minutes, 60)
+    return f"{hours}:{minutes:02}:{rest:02}" if hours else f"{minutes}:{rest:02}"
+
+
 def visible(text: str) -> str:
     """Text that can be stored and seen: control characters as their pictures (U+2400 ...), lone surrogates as U+FFFD,
     characters that turn the direction of writing by their code, so that no answer rearranges the page."""

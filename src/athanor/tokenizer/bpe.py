@@ -36,6 +36,7 @@ TOKENIZER_FILE = "tokenizer.json"
 CONFIG_FILE = "tokenizer_config.json"
 _REMEDY = "use a tokenizer.json that athanor saved"
 SMALLEST_VOCABULARY = len(CONTROL_TOKENS) + 256
+MASK = "<|mask|>"
 
 # Alternatives, in order: a word with the one sign before it and an English clitic after it; one digit; signs with their
 # newlines; blank lines; indentation but its last space, which goes with the word; other space.
@@ -59,16 +60,22 @@ def _byte_of_letter() -> dict[str, int]:
     return table
 
 
-_BYTE_OF_LETTER = _byte_of_letter()
+BYTE_OF_LETTER = _byte_of_letter()
+
+
+def noise_tokens(count: int) -> tuple[str, ...]:
+    """Names of the control tokens with which text is corrupted for pre-training: a mask and `count` sentinels; () for 0."""
+    return (MASK, *(f"<|sentinel_{k}|>" for k in range(count))) if count else ()
 
 
 class Tokenizer:
-    """A byte-level BPE vocabulary of V tokens; ids 0..15 are the control tokens.
+    """A byte-level BPE vocabulary of V tokens; ids 0..15 are the control tokens, and those of noise follow where it has them.
 
     Made by `Tokenizer.train` or `Tokenizer.load`. It never changes afterwards and may be shared by threads.
 
     Attributes:
-        control: id of each control token by its name, `{"<|pad|>": 0, "<|bos|>": 1, ...}`.
+        control: id of each control token by its name, `{"<|pad|>": 0, "<|bos|>": 1, ...}`; all ids below its length.
+        mask_id, sentinel_ids: of the tokens of noise; None and () in a vocabulary without.
         hash: SHA-256 (hex) of the canonical content of tokenizer.json; equal vocabularies have equal hashes.
     """
 
@@ -81,14 +88,15 @@ class Tokenizer:
             raise TokenizerError(f"not a tokenizer definition ({error}): {_REMEDY}") from error
         # Text of a user can never become a control token: the library then encodes their names letter by letter.
         inner.encode_special_tokens = True
-        _check_definition(content, inner)
+        names = _control_names(inner)
+        _check_definition(content, inner, names)
         self._definition = definition
         self._inner = inner
         canonical = json.dumps(content, sort_keys=True, ensure_ascii=True, separators=(",", ":"))
         self.hash: str = hashlib.sha256(canonical.encode()).hexdigest()
-        self.control: dict[str, int] = {name: i for i, name in enumerate(CONTROL_TOKENS)}
-        self._bytes = [b""] * len(CONTROL_TOKENS)
-        self._bytes += [bytes(_BYTE_OF_LETTER[letter] for letter in token) for token in _text_tokens(inner)]
+        self.control: dict[str, int] = {name: i for i, name in enumerate(names)}
+        self._bytes = [b""] * len(names)
+        self._bytes += [bytes(BYTE_OF_LETTER[letter] for letter in token) for token in _text_tokens(inner, len(names))]
         self.pad_id = self.control[PAD]
         self.bos_id = self.control[BOS]
         self.end_id = self.control[END]
@@ -97,18 +105,30 @@ class Tokenizer:
         self.assistant_id = self.control[ASSISTANT]
         self.think_id = self.control[THINK]
         self.end_think_id = self.control[END_THINK]
+        self.mask_id = self.control.get(MASK)
+        self.sentinel_ids: tuple[int, ...] = tuple(range(len(CONTROL_TOKENS) + 1, len(names)))
 
     @classmethod
-    def train(cls, texts: Iterable[str], vocab_size: int) -> Tokenizer:
+    def train(cls, texts: Iterable[str], vocab_size: int, noise: int = 0) -> Tokenizer:
         """Learn a vocabulary of `vocab_size` tokens from `texts`; the same texts in the same order give the same one.
 
         It is smaller (see `vocab_size`) when `texts` hold too few pairs that occur twice.
-        Raises TokenizerError when `vocab_size` is below 272 (16 control tokens and 256 bytes).
+
+        Args:
+            texts: what merges are learned from.
+            vocab_size: tokens, control tokens included.
+            noise: sentinels that the vocabulary gets, and a mask with them, for objectives that corrupt text; 0 for neither.
+
+        Raises TokenizerError when `vocab_size` is below 272 (16 control tokens and 256 bytes) and what noise adds.
         """
-        if vocab_size < SMALLEST_VOCABULARY:
+        if noise < 0:
+            raise TokenizerError(f"noise ({noise}) must be a number of sentinels: 0 for none, 100 is T5's")
+        names = (*CONTROL_TOKENS, *noise_tokens(noise))
+        smallest = len(names) + 256
+        if vocab_size < smallest:
             raise TokenizerError(
-                f"vocab_size ({vocab_size}) must be at least {SMALLEST_VOCABULARY}: {len(CONTROL_TOKENS)} control tokens"
-                f" and 256 bytes; use {SMALLEST_VOCABULARY} or more"
+                f"vocab_size ({vocab_size}) must be at least {smallest}: {len(names)} control tokens"
+                f" and 256 bytes; use {smallest} or more"
             )
         inner = tokenizers.Tokenizer(models.BPE())
         inner.pre_tokenizer = pre_tokenizers.Sequence(
@@ -121,7 +141,7 @@ class Tokenizer:
         trainer = trainers.BpeTrainer(
             vocab_size=vocab_size,
             min_frequency=2,
-            special_tokens=[AddedToken(name, special=True, normalized=False) for name in CONTROL_TOKENS],
+            special_tokens=[AddedToken(name, special=True, normalized=False) for name in names],
             initial_alphabet=pre_tokenizers.ByteLevel.alphabet(),
             show_progress=False,
         )
@@ -165,7 +185,7 @@ class Tokenizer:
             "pad_token": PAD,
             "clean_up_tokenization_spaces": False,
             "chat_template": TEMPLATE,
-        }
+        } | ({} if self.mask_id is None else {"mask_token": MASK})
         io.atomic_write(folder / TOKENIZER_FILE, self._definition)
         io.write_json(folder / CONFIG_FILE, config)
 
@@ -175,7 +195,7 @@ class Tokenizer:
         return len(self._bytes)
 
     def encode(self, text: str) -> list[int]:
-        """Ids of `text`, each >= 16: control tokens written out in the text are encoded as ordinary letters.
+        """Ids of `text`, none of a control token: their names written out in the text are encoded as ordinary letters.
 
         Raises TokenizerError for a lone surrogate, which no UTF-8 can hold.
         """
@@ -200,8 +220,8 @@ class Tokenizer:
 
     def token(self, id: int) -> str:
         """The text of one token, bytes that are no character as \\xNN; the name of a control token."""
-        if 0 <= id < len(CONTROL_TOKENS):
-            return CONTROL_TOKENS[id]
+        if 0 <= id < len(self.control):
+            return list(self.control)[id]
         return self.token_bytes(id).decode("utf-8", errors="backslashreplace")
 
     def pieces(self, before: Sequence[int]) -> _Pieces:
@@ -245,14 +265,20 @@ def checked(text: str) -> str:
         ) from error
 
 
-def _text_tokens(inner: tokenizers.Tokenizer) -> list[str]:
-    """The tokens after the control tokens, in letters that stand for bytes; "" is no token and stands for a gap in the ids."""
-    return [inner.id_to_token(i) or "" for i in range(len(CONTROL_TOKENS), inner.get_vocab_size())]
+def _control_names(inner: tokenizers.Tokenizer) -> tuple[str, ...]:
+    """The control tokens that a vocabulary with so many added tokens must have."""
+    more = len(inner.get_added_tokens_decoder()) - len(CONTROL_TOKENS)
+    return (*CONTROL_TOKENS, *noise_tokens(max(more - 1, 1) if more > 0 else 0))
 
 
-def _check_definition(content: dict[str, object], inner: tokenizers.Tokenizer) -> None:
+def _text_tokens(inner: tokenizers.Tokenizer, first: int) -> list[str]:
+    """The tokens from id `first` on, in letters that stand for bytes; "" is no token and stands for a gap in the ids."""
+    return [inner.id_to_token(i) or "" for i in range(first, inner.get_vocab_size())]
+
+
+def _check_definition(content: dict[str, object], inner: tokenizers.Tokenizer, names: Sequence[str]) -> None:
     """Raise TokenizerError unless this is a byte-level BPE with our control tokens and nothing that adds tokens."""
-    for i, name in enumerate(CONTROL_TOKENS):
+    for i, name in enumerate(names):
         added = inner.get_added_tokens_decoder().get(i)
         if added is None or added.content != name or not added.special:
             found = inner.id_to_token(i)
@@ -261,10 +287,10 @@ def _check_definition(content: dict[str, object], inner: tokenizers.Tokenizer) -
         raise TokenizerError(f"post_processor must be null (the chat template places {BOS}), it is set: {_REMEDY}")
     if content.get("normalizer") is not None:
         raise TokenizerError(f"normalizer must be null (encoding keeps text as it is), it is set: {_REMEDY}")
-    tokens = set(_text_tokens(inner))
+    tokens = set(_text_tokens(inner, len(names)))
     letters = set("".join(tokens))
-    if "" in tokens or not _BYTE_OF_LETTER.keys() <= tokens or not letters <= _BYTE_OF_LETTER.keys():
+    if "" in tokens or not BYTE_OF_LETTER.keys() <= tokens or not letters <= BYTE_OF_LETTER.keys():
         raise TokenizerError(f"the vocabulary must be byte-level (all 256 bytes, nothing else): {_REMEDY}")
-    for name in CONTROL_TOKENS:
-        if min(inner.encode(name, add_special_tokens=False).ids) < len(CONTROL_TOKENS):
+    for name in names:
+        if min(inner.encode(name, add_special_tokens=False).ids) < len(names):
             raise TokenizerError(f"the text {name!r} must not encode as the control token, it does: {_REMEDY}")

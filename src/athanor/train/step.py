@@ -7,7 +7,7 @@ from dataclasses import dataclass
 
 import torch
 
-from athanor.core.device import Precision
+from athanor.core.device import TrainPrecision
 from athanor.core.errors import NonFiniteLossError, NoTargetsError
 from athanor.models.base import LanguageModel
 from athanor.train.parallel.base import ALONE, Alone, Objective, local
@@ -32,7 +32,7 @@ def gradients(
     batches: Sequence[Batch],
     optimizers: Sequence[torch.optim.Optimizer],
     *,
-    precision: Precision,
+    precision: TrainPrecision,
     strategy: Alone = ALONE,
     scale: float = 1.0,
 ) -> StepResult:
@@ -84,7 +84,7 @@ def train_step(
     *,
     lr_factor: float,
     clip: float,
-    precision: Precision,
+    precision: TrainPrecision,
     strategy: Alone = ALONE,
 ) -> StepResult:
     """`gradients`, then `apply`. Raises as `gradients` does; the weights are untouched then."""

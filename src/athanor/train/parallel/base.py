@@ -9,7 +9,7 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
-from athanor.core.device import Precision, autocast
+from athanor.core.device import TrainPrecision, autocast, default_device
 from athanor.core.errors import NonFiniteLossError
 from athanor.models.base import LanguageModel
 from athanor.train.pieces import Held, whole
@@ -47,11 +47,16 @@ class Alone:
     Attributes:
         ranks: processes that take different data.
         seconds: spent on communication since the start.
+        device: where this process computes.
     """
 
     ranks: int = 1
     rank: int = 0
     seconds: float = 0.0
+
+    @property
+    def device(self) -> torch.device:
+        return default_device()
 
     def place(self, model: LanguageModel) -> LanguageModel:
         """The model as this process trains it, changed in place; its tensors keep their names."""
@@ -62,7 +67,7 @@ class Alone:
         return list(micro)
 
     def accumulate(
-        self, model: LanguageModel, objective: Objective, micro: Sequence[Batch], precision: Precision, scale: float = 1.0
+        self, model: LanguageModel, objective: Objective, micro: Sequence[Batch], precision: TrainPrecision, scale: float = 1.0
     ) -> Sums:
         """Add the gradients of the summed loss, times `scale`, to those of the parameters.
 
@@ -84,7 +89,7 @@ class Alone:
         return sums
 
     @torch.no_grad()
-    def evaluate(self, model: LanguageModel, objective: Objective, micro: Sequence[Batch], precision: Precision) -> Sums:
+    def evaluate(self, model: LanguageModel, objective: Objective, micro: Sequence[Batch], precision: TrainPrecision) -> Sums:
         """What an objective says of batches, of all processes together; the model is in the mode that it is in."""
         sums = Sums(torch.zeros((), dtype=torch.float64, device=model.device))
         for batch in micro:
@@ -97,12 +102,12 @@ class Alone:
         norm: Tensor = torch.nn.utils.get_total_norm([p.grad for p in parameters if p.grad is not None])
         return norm
 
+    def count(self, model: LanguageModel) -> None:
+        """Make what a model counted since the last update (the load of experts) that of all processes."""
+
     def held(self, name: str, tensor: Tensor) -> Held:
         """What this process holds of the tensor of a parameter or buffer (or of its optimiser's state) of that name."""
         return whole(tensor)
-
-    def close(self) -> None:
-        """Leave the group of processes."""
 
 
 ALONE = Alone()

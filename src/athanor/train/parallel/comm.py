@@ -8,7 +8,6 @@ import torch
 import torch.distributed as td
 from torch import Tensor
 
-
 # By their names from torch 2.13 on, or those of before.
 _all_gather = getattr(td, "all_gather_single", None) or td.all_gather_into_tensor
 _reduce_scatter = getattr(td, "reduce_scatter_single", None) or td.reduce_scatter_tensor

@@ -17,7 +17,7 @@ from torch import Tensor, nn
 from torch.distributed.device_mesh import init_device_mesh
 from torch.distributed.fsdp import FSDPModule, fully_shard
 
-from athanor.core.device import Precision, autocast
+from athanor.core.device import TrainPrecision, autocast
 from athanor.core.errors import ConfigError
 from athanor.data.pack import fill, share
 from athanor.models.base import LanguageModel
@@ -25,6 +25,7 @@ from athanor.nn.moe import MixtureOfExperts
 from athanor.train.parallel import expert, tensor
 from athanor.train.parallel.base import Alone, Objective, Sums, local
 from athanor.train.parallel.layout import Layout
+from athanor.train.parallel.support import reason
 from athanor.train.pieces import Held, Piece
 from athanor.types import Batch
 
@@ -128,7 +129,7 @@ class Distributed(Alone):
     summed: tuple[str, ...] = ("ddp", "fsdp")  # directions in which losses are added up
 
     def __init__(self, layout: Layout, device: torch.device) -> None:
-        self.layout, self.device = layout, device
+        self.layout, self._device = layout, device
         sizes = tuple(getattr(layout, name) for name in _AXES)
         self.mesh = init_device_mesh(device.type, sizes, mesh_dim_names=_AXES)
         self.at = {name: self.mesh.get_local_rank(name) for name in _AXES}
@@ -136,6 +137,10 @@ class Distributed(Alone):
         self.rank = self.at["ddp"] * layout.fsdp + self.at["fsdp"]
         self.seconds = 0.0
         self._placed: _Model | None = None
+
+    @property
+    def device(self) -> torch.device:
+        return self._device
 
     # What is done to the model.
 
@@ -205,7 +210,7 @@ class Distributed(Alone):
         return [fill(share(batch, self.ranks)[self.rank], size) if self.layout.world > 1 else batch for batch in micro]
 
     def accumulate(
-        self, model: LanguageModel, objective: Objective, micro: Sequence[Batch], precision: Precision, scale: float = 1.0
+        self, model: LanguageModel, objective: Objective, micro: Sequence[Batch], precision: TrainPrecision, scale: float = 1.0
     ) -> Sums:
         self._of(model)
         sums = Sums(torch.zeros((), dtype=torch.float64, device=self.device))
@@ -218,7 +223,7 @@ class Distributed(Alone):
         return sums
 
     @torch.no_grad()
-    def evaluate(self, model: LanguageModel, objective: Objective, micro: Sequence[Batch], precision: Precision) -> Sums:
+    def evaluate(self, model: LanguageModel, objective: Objective, micro: Sequence[Batch], precision: TrainPrecision) -> Sums:
         self._of(model)
         sums = Sums(torch.zeros((), dtype=torch.float64, device=self.device))
         for batch in self.share(micro):
@@ -256,6 +261,12 @@ class Distributed(Alone):
         with self._clock():
             td.all_reduce(squares)
         return squares.sqrt().float()
+
+    def count(self, model: LanguageModel) -> None:
+        for module in model.modules():
+            if isinstance(module, MixtureOfExperts):  # refused under tp and pp, so all processes take different data
+                td.all_reduce(module.load)
+                td.all_reduce(module.dropped)
 
     def held(self, name: str, tensor: Tensor) -> Held:
         assert self._placed is not None
@@ -295,13 +306,3 @@ def _buckets(tensors: Sequence[Tensor]) -> Iterator[list[Tensor]]:
         bucket.append(t)
     if bucket:
         yield bucket
-
-
-def reason(model: LanguageModel, layout: Layout) -> str:
-    """Why a model cannot be trained under a layout, or ""."""
-    mixture = any(isinstance(m, MixtureOfExperts) for m in model.modules())
-    if mixture and (layout.tp > 1 or layout.pp > 1):
-        return f"{model.model_type} is a mixture of experts, whose experts tp and pp do not split: use ddp, fsdp or ddp with ep"
-    if layout.ep > 1 and not mixture:
-        return f"ep deals out experts and {model.model_type} has none: leave ep out"
-    return tensor.reason(model, layout.tp) if layout.tp > 1 else ""

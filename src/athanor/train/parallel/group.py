@@ -18,7 +18,10 @@ import torch.distributed as td
 from athanor.core import config as configs
 from athanor.core import io
 from athanor.core.errors import ConfigError
+from athanor.train.parallel.base import Alone
+from athanor.train.parallel.distributed import Distributed
 from athanor.train.parallel.layout import Layout
+from athanor.train.parallel.pipeline import Pipelined
 
 _PDEATHSIG = 1  # of prctl(2)
 TIMEOUT = datetime.timedelta(minutes=10)
@@ -75,6 +78,16 @@ def joined(layout: Layout) -> Iterator[torch.device]:
         yield device
     finally:
         td.destroy_process_group()
+
+
+@contextmanager
+def strategy(layout: Layout) -> Iterator[Alone]:
+    """How this process takes part in a layout: alone, or in the group that it joins for as long as the block runs."""
+    if layout.world == 1:
+        yield Alone()
+        return
+    with joined(layout) as device:
+        yield (Pipelined if layout.pp > 1 else Distributed)(layout, device)
 
 
 def _die_with_parent() -> None:

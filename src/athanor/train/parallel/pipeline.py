@@ -15,7 +15,7 @@ import torch.distributed as td
 from torch import Tensor, nn
 from torch.distributed import pipelining
 
-from athanor.core.device import Precision, autocast
+from athanor.core.device import TrainPrecision, autocast
 from athanor.core.errors import ConfigError
 from athanor.data.pack import fill, share
 from athanor.models.base import LanguageModel
@@ -68,7 +68,9 @@ class _Tail:
 class _Flight:
     """The micro-batches of one pass: what they are, what is asked for, what came of them."""
 
-    def __init__(self, model: LanguageModel, objective: Objective, batches: Sequence[Batch], precision: Precision, scale: float):
+    def __init__(
+        self, model: LanguageModel, objective: Objective, batches: Sequence[Batch], precision: TrainPrecision, scale: float
+    ):
         self.model, self.objective, self.batches, self.precision, self.scale = model, objective, batches, precision, scale
         self.asked = [self._ask(batch) for batch in batches]
         self.sums = Sums(torch.zeros((), dtype=torch.float64, device=model.device))
@@ -118,13 +120,6 @@ class _Stage(nn.Module):
             return self.norm(x).to(x.dtype) if self.norm is not None else x
 
 
-def reason(model: LanguageModel) -> str:
-    """Why a model cannot be cut into stages, or ""."""
-    if not isinstance(model, Decoder) or type(model).hidden is not Decoder.hidden:
-        return f"a pipeline is cut between the blocks of a plain decoder, and {model.model_type} is none"
-    return ""
-
-
 class Pipelined(Distributed):
     """The strategy of a layout with a pipeline. Every process keeps those blocks alone that its stages hold."""
 
@@ -134,13 +129,8 @@ class Pipelined(Distributed):
 
     def prepare(self, model: LanguageModel) -> Surgery:
         layout = self.layout
-        why = reason(model)
-        if why:
-            raise ConfigError(f"{why}: use ddp, fsdp or tp")
         assert isinstance(model, Decoder)
         n, stages = len(model.blocks), layout.stages
-        if n < stages:
-            raise ConfigError(f"pp has {stages} stages (layout {layout}) and the model {n} blocks: a stage needs one at least")
         done = super().prepare(model)
         borders = [n * i // stages for i in range(stages + 1)]
         mine = range(self.at["pp"], stages, layout.pp)
@@ -179,12 +169,12 @@ class Pipelined(Distributed):
         return parts[self.rank * self.layout.in_flight : (self.rank + 1) * self.layout.in_flight]
 
     def accumulate(
-        self, model: LanguageModel, objective: Objective, micro: Sequence[Batch], precision: Precision, scale: float = 1.0
+        self, model: LanguageModel, objective: Objective, micro: Sequence[Batch], precision: TrainPrecision, scale: float = 1.0
     ) -> Sums:
         return self._fly(model, objective, micro, precision, scale, learn=True)
 
     @torch.no_grad()
-    def evaluate(self, model: LanguageModel, objective: Objective, micro: Sequence[Batch], precision: Precision) -> Sums:
+    def evaluate(self, model: LanguageModel, objective: Objective, micro: Sequence[Batch], precision: TrainPrecision) -> Sums:
         return self.total(self._fly(model, objective, self.share(micro), precision, 1.0, learn=False))
 
     def reduce(self, model: LanguageModel, sums: Sums) -> Sums:
@@ -204,7 +194,13 @@ class Pipelined(Distributed):
         return super().total(Sums(sums.loss, sums.count, values))
 
     def _fly(
-        self, model: LanguageModel, objective: Objective, micro: Sequence[Batch], precision: Precision, scale: float, learn: bool
+        self,
+        model: LanguageModel,
+        objective: Objective,
+        micro: Sequence[Batch],
+        precision: TrainPrecision,
+        scale: float,
+        learn: bool,
     ) -> Sums:
         batches = [batch.to(self.device) for batch in micro]
         flight = _Flight(model, objective, batches, precision, scale)
