@@ -4,7 +4,8 @@ Each configuration is trained for some steps in a process of its own, with the a
 
 resident  by how much the process grew: its peak, less what it had before the model was built and after a tiny step had loaded
           what every step loads
-tensors   the peak of bytes of live tensors in one more step, counted operation by operation
+tensors   the peak of bytes of live tensors in one more step, counted operation by operation; not under fsdp, which takes memory
+          from tensors that live on
 
 Both stand beside what `athanor plan` predicts; a ratio is predicted over measured.
 """
@@ -117,7 +118,7 @@ def _measure(config: llama.Config, how: Setup, tiny: llama.Config, strategy: Any
         live.restart()
         step()
     if found is not None:
-        found.put((resident, live.peak))
+        found.put((resident, live.peak if how.layout.world == 1 else None))
 
 
 def _resident() -> int:
@@ -148,7 +149,7 @@ def compare(shape: str, name: str) -> dict[str, Any]:
         "configuration": name,
         "predicted": {"resident": need.resident, "tensors": need.peak, "parts": need.parts},
         "measured": {"resident": resident, "tensors": tensors},
-        "ratio": {"resident": need.resident / resident, "tensors": need.peak / tensors},
+        "ratio": {"resident": need.resident / resident, "tensors": tensors and need.peak / tensors},
     }
 
 
@@ -170,9 +171,9 @@ def main(argv: Sequence[str] | None = None) -> int:
                 r = compare(shape, name)
                 rows.append(r)
                 print(f"{shape + ': ' + name:<34}", end="")
-                for kind, width in (("resident", 20), ("tensors", 20)):
-                    p, m = r["predicted"][kind] / 1e6, r["measured"][kind] / 1e6
-                    print(f"{p:>{width},.0f}{m:>10,.0f}{r['ratio'][kind]:>7.3f}", end="")
+                for kind in ("resident", "tensors"):
+                    p, m, ratio = r["predicted"][kind] / 1e6, r["measured"][kind], r["ratio"][kind]
+                    print(f"{p:>20,.0f}" + (f"{m / 1e6:>10,.0f}{ratio:>7.3f}" if m else f"{'-':>10}{'-':>7}"), end="")
                 print(flush=True)
     except AthanorError as error:
         print(f"bench/memory.py: {error}", file=sys.stderr)

@@ -7,6 +7,7 @@ import pytest
 import torch
 
 from athanor.core.errors import ConfigError
+from athanor.optim.adafactor import Adafactor
 from athanor.optim.build import OptimConfig, build
 from athanor.optim.muon import Muon
 
@@ -75,10 +76,44 @@ def test_base_rates_are_remembered_and_precision_reaches_muon(tiny):
     assert [g["base_lr"] for o in (muon, adam) for g in o.param_groups] == [0.02, 0.02]
 
 
+@pytest.mark.parametrize("nesterov", [False, True])
+def test_the_sgd_path_is_its_formula(tiny, nesterov):
+    model = tiny()
+    plain = {name: name.startswith(("embedding", "head")) or "norm" in name for name, _ in model.named_parameters()}
+    expected = {name: p.detach().clone() for name, p in model.named_parameters()}
+    momenta = {}
+    (sgd,) = build(model, OptimConfig("sgd", lr=0.1, weight_decay=0.2, momentum=0.7, nesterov=nesterov))
+    for seed in range(3):
+        generator = torch.Generator().manual_seed(seed)
+        for name, p in model.named_parameters():
+            p.grad = torch.randn(p.shape, generator=generator)
+            g = p.grad + (0.0 if plain[name] else 0.2) * expected[name]
+            momenta[name] = 0.7 * momenta[name] + g if name in momenta else g
+            expected[name] = expected[name] - 0.1 * (g + 0.7 * momenta[name] if nesterov else momenta[name])
+        sgd.step()
+    for name, p in model.named_parameters():
+        torch.testing.assert_close(p.detach(), expected[name], rtol=1e-5, atol=1e-5, msg=name)
+
+
+@pytest.mark.parametrize("relative", [False, True])
+def test_the_adafactor_path_takes_its_options(tiny, relative):
+    (adafactor,) = build(tiny(), OptimConfig("adafactor", lr=0.02, relative=relative))
+    assert isinstance(adafactor, Adafactor)
+    assert {(g["lr"], g["base_lr"], g["relative"]) for g in adafactor.param_groups} == {(0.02, 0.02, relative)}
+
+
 @pytest.mark.parametrize(
     ("fields", "message"),
     [
-        ({"name": "sgd"}, "optim.name ('sgd') must be 'adamw' or 'muon'"),
+        ({"name": "adam"}, "optim.name ('adam') must be one of adamw, muon, sgd, adafactor; did you mean 'adamw'?"),
+        ({"momentum": 1.0, "name": "sgd"}, "optim.momentum (1.0) must lie in [0, 1)"),
+        ({"layer_decay": 0.0}, "optim.layer_decay (0.0) must lie in (0, 1]: 0.75 is usual for tuning, 1 is off"),
+        ({"layer_decay": 1.5}, "optim.layer_decay (1.5) must lie in (0, 1]"),
+        ({"momentum": 0.8}, "optim.momentum (0.8) is read by sgd only, and optim.name is 'muon': leave it at 0.9"),
+        ({"nesterov": True}, "optim.nesterov (True) is read by sgd only, and optim.name is 'muon': leave it at False"),
+        ({"relative": True}, "optim.relative (True) is read by adafactor only, and optim.name is 'muon': leave it at False"),
+        ({"name": "sgd", "beta1": 0.8}, "optim.beta1 (0.8) is read by adamw and muon only, and optim.name is 'sgd'"),
+        ({"name": "sgd", "momentum": 0.0, "nesterov": True}, "optim.nesterov needs momentum, and optim.momentum is 0: 0.9 is"),
         ({"lr": 0.0}, "optim.lr (0.0) must be positive"),
         ({"lr": float("nan")}, "optim.lr (nan) must be positive"),
         ({"weight_decay": -0.1}, "optim.weight_decay (-0.1) must not be negative"),

@@ -9,7 +9,6 @@ from torch import nn
 from athanor.core import plugins
 from athanor.core.errors import ConfigError
 from athanor.models import heads, io
-from athanor.models.heads import Labels
 from athanor.nn.norms import RMSNorm
 from athanor.optim.build import OptimConfig, build
 from athanor.optim.groups import heights, kinds
@@ -54,7 +53,7 @@ def owner_is_output(model, owner):
 
 
 def test_a_head_on_a_trunk_is_an_output():
-    model = heads.attach(model_of(("bert", "tiny")), "sequence", Labels(("a", "b")))
+    model = heads.attach(model_of(("bert", "tiny")), "sequence", ("a", "b"), generator=torch.Generator())
     found = kinds(model)
     assert found["head.out.weight"] == "table"
     assert found["trunk.blocks.0.attention.out.weight"] == "matrix"

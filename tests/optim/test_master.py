@@ -10,6 +10,8 @@ from athanor.optim.build import OptimConfig, build
 from athanor.optim.master import Masters
 from athanor.optim.muon import Muon
 
+ADAMW = OptimConfig("adamw")
+
 
 def layers(dtype=torch.bfloat16):
     """Two matrices and their biases."""
@@ -108,7 +110,5 @@ def test_weights_of_32_bits_have_none():
     assert not any(isinstance(o, Masters) for o in build(layers(torch.float32), OptimConfig()))
     mixed = layers()
     mixed[0].float()
-    kinds = {
-        isinstance(o, Masters): [p.dtype for g in o.param_groups for p in g["params"]] for o in build(mixed, OptimConfig("adamw"))
-    }
-    assert set(kinds[True]) == {torch.bfloat16} and set(kinds[False]) == {torch.float32}
+    dtypes = {isinstance(o, Masters): {p.dtype for g in o.param_groups for p in g["params"]} for o in build(mixed, ADAMW)}
+    assert dtypes == {True: {torch.bfloat16}, False: {torch.float32}}

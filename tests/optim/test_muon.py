@@ -24,6 +24,21 @@ def test_singular_values_are_near_1_and_directions_stay(shape, dtype):
     assert off.abs().max() <= (1e-4 if dtype == torch.float32 else 0.1)
 
 
+@pytest.mark.parametrize(("dtype", "tolerance"), [(torch.float32, 1e-4), (torch.bfloat16, 0.05)])
+@pytest.mark.parametrize("shape", [(192, 512), (320, 192), (64, 64)])
+def test_it_is_the_plain_iteration(shape, dtype, tolerance):
+    rows, cols = shape
+    generator = torch.Generator().manual_seed(5)
+    # Singular values over three orders of magnitude, as those of gradients are.
+    x = torch.randn(2, rows, cols, generator=generator, dtype=torch.float64) * torch.logspace(0, -3, cols, dtype=torch.float64)
+    y = x / torch.linalg.matrix_norm(x, keepdim=True)
+    for _ in range(5):
+        gram = y @ y.mT
+        y = 3.4445 * y + (-4.7750 * gram + 2.0315 * gram @ gram) @ y
+    found = orthogonalise(x.float(), dtype).double()
+    assert float((found - y).square().mean().sqrt() / y.square().mean().sqrt()) <= tolerance
+
+
 def test_many_at_once_are_one_by_one():
     x = torch.randn(5, 24, 8, generator=torch.Generator().manual_seed(0))
     together = orthogonalise(x, torch.float32)
@@ -61,6 +76,20 @@ def test_it_is_its_formula_matrix_by_matrix():
             w.mul_(1 - lr * decay).sub_(update * lr * 0.2 * max(w.shape) ** 0.5)
         for p, w in zip(params, expected, strict=True):
             torch.testing.assert_close(p.detach(), w, rtol=1e-5, atol=1e-6)
+
+
+def test_experts_are_a_batch_of_matrices():
+    generator = torch.Generator().manual_seed(3)
+    together = torch.nn.Parameter(torch.randn(3, 12, 8, generator=generator))
+    apart = [torch.nn.Parameter(x.clone()) for x in together.detach()]
+    batch, single = Muon([together], 0.1, weight_decay=0.1), Muon(apart, 0.1, weight_decay=0.1)
+    for seed in range(2):
+        together.grad = torch.randn(3, 12, 8, generator=generator.manual_seed(seed))
+        for p, g in zip(apart, together.grad, strict=True):
+            p.grad = g.clone()
+        batch.step()
+        single.step()
+    torch.testing.assert_close(together.detach(), torch.stack([p.detach() for p in apart]), rtol=1e-5, atol=1e-6)
 
 
 def test_the_size_of_an_update_is_that_of_adamw():

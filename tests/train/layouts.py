@@ -9,7 +9,9 @@ import torch
 import torch.distributed as td
 
 from athanor.core import plugins
+from athanor.data.pack import join, select
 from athanor.models import io as models
+from athanor.nn.context import Packed
 from athanor.objectives import next_token
 from athanor.optim.build import OptimConfig, build
 from athanor.optim.schedules import warmup_cosine
@@ -17,6 +19,7 @@ from athanor.train.parallel.base import ALONE, local
 from athanor.train.parallel.distributed import Distributed
 from athanor.train.parallel.layout import parse
 from athanor.train.parallel.pipeline import Pipelined
+from athanor.train.state import Progress, StateStore
 from athanor.train.step import train_step
 from athanor.types import IGNORE, Batch
 
@@ -25,6 +28,8 @@ VOCAB = 160
 
 def config(arch="llama", **fields):
     shape = {"vocab_size": VOCAB, "d_model": 32, "n_layers": 4, "n_heads": 4, "n_kv_heads": 2, "d_ff": 48, "max_positions": 64}
+    if arch == "deepseek_v3":
+        return plugins.load("models", arch).PRESETS["tiny"]
     kind = plugins.load("models", arch).Config
     known = {f.name for f in dataclasses.fields(kind)}
     return kind(**{k: v for k, v in shape.items() if k in known} | fields)
@@ -43,20 +48,75 @@ def ragged(step, sequences=10):
     return out
 
 
-def train(strategy, *, arch="llama", steps=50, optim="adamw", clip=0.5, precision="fp32", lr=2e-3, fields=(), device=None):
+def answers(strategy, model):
+    """Logits of eight sequences, by their first token, wherever they were computed."""
+    found, sizes = {}, {first: first + 1 for first in range(5, 13)}
+
+    def objective(model, batch):
+        hidden = model.hidden(batch.ids.unsqueeze(0), Packed(batch.lengths))
+        for ids, logits in zip(*(x.split(batch.lengths.tolist()) for x in (batch.ids, model.logits(hidden)[0])), strict=True):
+            if len(ids) == sizes.get(int(ids[0])):  # else it fills the batch up
+                found[int(ids[0])] = logits.float().clone()
+        return hidden.sum(), 1, {}
+
+    ids = torch.cat([torch.arange(first, first + n) for first, n in sizes.items()])
+    strategy.evaluate(model.eval(), objective, [Batch(ids, ids, torch.tensor(list(sizes.values())))], "fp32")
+    return found
+
+
+def reload(strategy, folder, arch="llama", fields=(), optim="adamw"):
+    """Resume a checkpoint under this layout: the step, logits, this process's parts of the first moments."""
+    model = strategy.place(models.build(arch, config(arch, **dict(fields)), seed=99))
+    optimizers = build(model, OptimConfig(name=optim))
+    progress = StateStore(folder, {"run": 1}).resume(model, optimizers, strategy=strategy)
+    names = {id(p): name for name, p in model.named_parameters()}
+    moments = []
+    for optimizer in optimizers:
+        for p, state in optimizer.state.items():
+            moments.append((names[id(p)], strategy.held(names[id(p)], p), local(state["exp_avg"]).clone()))
+    return progress.step, answers(strategy, model), moments
+
+
+def joined(step):
+    """The micro-batches of a step as one batch."""
+    return [join(ragged(step))]
+
+
+def even(step):
+    """Sequences of one length, so that what is compiled for a shape serves them all."""
+    generator = torch.Generator().manual_seed(step)
+    ids, labels = torch.randint(0, VOCAB, (2, 2, 128), generator=generator)
+    return [Batch(i, y, torch.full((8,), 16), origin=f"step {step}") for i, y in zip(ids, labels, strict=True)]
+
+
+def single(step):
+    """Every sequence of a step as a batch of its own."""
+    return [select(batch, [i]) for batch in ragged(step) for i in range(len(batch.lengths))]
+
+
+def train(
+    strategy, *, arch="llama", steps=50, save=None, optim="adamw", clip=0.5, precision="fp32", lr=2e-3, fields=(),
+    batches=ragged, change=None,
+):  # fmt: skip
     """Losses, gradient norms and this process's parts of the final weights: [(name, held, tensor)]."""
     model = models.build(arch, config(arch, **dict(fields)), seed=1)
+    if change is not None:
+        change(model)
     model = strategy.place(model).train()
     optimizers = build(model, OptimConfig(name=optim, lr=lr))
-    schedule = warmup_cosine(steps, 5, 0.1)
+    schedule = warmup_cosine(steps, min(5, steps), 0.1)
     losses, norms = [], []
     for step in range(steps):
         result = train_step(
-            model, next_token.loss, ragged(step), optimizers,
+            model, next_token.loss, batches(step), optimizers,
             lr_factor=schedule(step), clip=clip, precision=precision, strategy=strategy,
         )  # fmt: skip
         losses.append(result.loss)
         norms.append(result.grad_norm)
+    if save is not None:
+        store = StateStore(save, {"run": 1})
+        store.save(Progress(steps), model, optimizers, strategy=strategy)
+        store.close()
     parts = []
     for name, p in model.named_parameters():
         parts.append((name, strategy.held(name, p), local(p.detach()).clone()))
@@ -100,7 +160,8 @@ def serve(rank, jobs, results, folder):
         os.environ |= {"RANK": str(rank), "WORLD_SIZE": str(layout.world)}
         td.init_process_group("gloo", init_method=f"file://{folder}/{number}", rank=rank, world_size=layout.world)
         try:
-            results.put((number, rank, train(strategy_of(layout), **options)))
+            work = {"train": train, "reload": reload}[options.pop("work", "train")]
+            results.put((number, rank, work(strategy_of(layout), **options)))
         except BaseException:
             results.put((number, rank, traceback.format_exc()))
         finally:

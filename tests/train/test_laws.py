@@ -40,7 +40,7 @@ def test_a_mean_of_means_is_seen(model, batches, monkeypatch):
 
 def test_optimisers_that_forget_are_seen(model, batches, tmp_path, monkeypatch):
     true_resume = StateStore.resume
-    monkeypatch.setattr(StateStore, "resume", lambda self, model, optimizers: true_resume(self, model, []))
+    monkeypatch.setattr(StateStore, "resume", lambda self, model, optimizers, **more: true_resume(self, model, [], **more))
     finding = laws.resumed_is_uninterrupted(model, batches, tmp_path)
     assert not finding.passed and finding.value > 5
 
@@ -48,8 +48,8 @@ def test_optimisers_that_forget_are_seen(model, batches, tmp_path, monkeypatch):
 def test_one_bit_of_one_weight_is_seen(model, batches, tmp_path, monkeypatch):
     true_resume = StateStore.resume
 
-    def almost(self, model, optimizers):
-        progress = true_resume(self, model, optimizers)
+    def almost(self, model, optimizers, **more):
+        progress = true_resume(self, model, optimizers, **more)
         with torch.no_grad():
             if progress.step:
                 weight = next(model.parameters())

@@ -15,6 +15,7 @@ from athanor.core.errors import NonFiniteLossError
 from athanor.core.track import JsonlTracker
 from athanor.objectives import next_token
 from athanor.train.loop import Hook
+from athanor.train.replay import kept
 from athanor.train.state import StateStore
 
 TIMES = ("tokens_per_second", "batch_seconds")
@@ -108,10 +109,10 @@ def test_a_loss_that_is_not_finite_ends_it_before_the_update_and_keeps_the_batch
     ):
         run(model, objective=objective, store=store)
     assert equal(weights(model), weights(other))
-    kept = json.loads((tmp_path / "state" / "bad-step-3.json").read_text())
-    assert [b["origin"] for b in kept] == ["ragged 4", "ragged 5"]
-    assert [b["lengths"] for b in kept] == [[5, 9, 3], [11, 2]]
-    assert len(kept[1]["ids"]) == 13
+    batches, _ = kept(tmp_path / "state" / "bad-step-3.json")
+    assert [b.origin for b in batches] == ["ragged 4", "ragged 5"]
+    assert [b.lengths.tolist() for b in batches] == [[5, 9, 3], [11, 2]]
+    assert len(batches[1].ids) == 13
     with pytest.raises(NonFiniteLossError, match="lower the learning rate, or look at the batches named above"):
         run(tiny(), objective=objective)
     assert good
@@ -165,9 +166,9 @@ class SavesAt(StateStore):
         super().__init__(folder, identity)
         self.at = at
 
-    def save(self, progress, model, optimizers):
+    def save(self, progress, model, optimizers, **more):
         if progress.step == self.at:
-            super().save(progress, model, optimizers)
+            super().save(progress, model, optimizers, **more)
 
 
 def interrupt_at(step):

@@ -337,7 +337,11 @@ def test_two_processes_write_and_one_reads_and_the_other_way_round(tmp_path):
     workers = [
         subprocess.Popen([*argv, str(i)], stdout=subprocess.PIPE, stderr=subprocess.PIPE, text=True, env=env) for i in range(2)
     ]
-    said = [worker.communicate(timeout=120) for worker in workers]
+    try:
+        said = [worker.communicate(timeout=120) for worker in workers]
+    finally:
+        for worker in workers:
+            worker.kill()
     assert [worker.returncode for worker in workers] == [0, 0], said
     assert "does not make up whole tensors: model.fused: pieces at (0, 0) of size (8, 2)" in said[0][0]
     assert said[1][0].startswith("written\n")  # only process 0 can know

@@ -25,7 +25,15 @@ def test_a_stage_says_how_it_stands(tmp_path, capsys):
     assert capsys.readouterr().out.startswith("sft 1/7 step")
 
 
-@pytest.mark.parametrize(("error", "why"), [(KeyboardInterrupt(), "KeyboardInterrupt"), (ValueError("no"), "ValueError: no")])
+@pytest.mark.parametrize(
+    ("error", "why"),
+    [
+        (KeyboardInterrupt(), "KeyboardInterrupt"),
+        (ValueError("no"), "ValueError: no"),
+        (SystemExit(143), "stopped by SIGTERM; its state is saved"),
+        (SystemExit(2), "SystemExit: 2"),
+    ],
+)
 def test_a_stage_that_is_cut_off_says_why(tmp_path, error, why):
     with pytest.raises(type(error)), watching(tmp_path, "sft", 7, StateStore(tmp_path / "state", {}), sinks=()):
         raise error

@@ -55,6 +55,11 @@ class Encoded:
     empty: int
     long: int
 
+    @property
+    def summary(self) -> str:
+        """What was left out, in words."""
+        return f"{self.empty} with an empty side, {self.long} with a side that is too long"
+
 
 def read(source: Path, target: Path | None = None, *, lower: bool = False) -> list[TextPair]:
     """Pairs of two files whose lines belong together; or of one, a .tsv (source, tab, target) or a .jsonl ({"source", "target"}).

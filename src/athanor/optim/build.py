@@ -2,9 +2,8 @@
 
 from __future__ import annotations
 
-from collections import defaultdict
 from collections.abc import Callable
-from dataclasses import dataclass
+from dataclasses import dataclass, fields
 from functools import partial
 from typing import Any, Literal, get_args
 
@@ -21,13 +20,13 @@ from athanor.optim.sharded import is_sharded
 Groups = list[dict[str, Any]]
 Make = Callable[[Groups], torch.optim.Optimizer]
 Name = Literal["adamw", "muon", "sgd", "adafactor"]
-# Fields that only some optimisers read, with the value that leaves them alone.
-_OWN: dict[str, tuple[Any, tuple[str, ...]]] = {
-    "beta1": (0.9, ("adamw", "muon")),
-    "beta2": (0.95, ("adamw", "muon")),
-    "momentum": (0.9, ("sgd",)),
-    "nesterov": (False, ("sgd",)),
-    "relative": (False, ("adafactor",)),
+# Fields that only some optimisers read.
+_READERS = {
+    "beta1": ("adamw", "muon"),
+    "beta2": ("adamw", "muon"),
+    "momentum": ("sgd",),
+    "nesterov": ("sgd",),
+    "relative": ("adafactor",),
 }
 
 
@@ -71,11 +70,12 @@ class OptimConfig:
                 raise ConfigError(f"optim.{name} ({getattr(self, name)}) must lie in [0, 1)")
         if not 0 < self.layer_decay <= 1:
             raise ConfigError(f"optim.layer_decay ({self.layer_decay}) must lie in (0, 1]: 0.75 is usual for tuning, 1 is off")
-        for name, (default, readers) in _OWN.items():
-            if getattr(self, name) != default and self.name not in readers:
+        for field in fields(self):
+            readers = _READERS.get(field.name, get_args(Name))
+            if self.name not in readers and getattr(self, field.name) != field.default:
                 raise ConfigError(
-                    f"optim.{name} ({getattr(self, name)}) is read by {' and '.join(readers)} only, and optim.name is"
-                    f" {self.name!r}: leave it at {default}"
+                    f"optim.{field.name} ({getattr(self, field.name)}) is read by {' and '.join(readers)} only, and optim.name is"
+                    f" {self.name!r}: leave it at {field.default}"
                 )
         if self.nesterov and not self.momentum:
             raise ConfigError("optim.nesterov needs momentum, and optim.momentum is 0: 0.9 is usual")
@@ -100,23 +100,25 @@ def build(model: nn.Module, config: OptimConfig, *, bf16: bool = False) -> list[
         raise ConfigError("the model has no trainable parameter, so there is nothing to build an optimiser for")
     kind = kinds(model)
     height = heights(model) if config.layer_decay != 1 else dict.fromkeys(named, 0)
-    members: dict[tuple[Any, ...], list[Tensor]] = defaultdict(list)
     order = {"table": 0, "vector": 1, "matrix": 2}
+    # By what an optimiser has in common, Muon's first; within it by what a group has.
+    places: dict[tuple[bool, bool, bool], dict[tuple[bool, int], list[Tensor]]] = {}
     for name in sorted(named, key=lambda n: order[kind[n]]):
         p, matrix = named[name], kind[name] == "matrix"
-        by_muon = matrix and config.name == "muon"
-        members[by_muon, is_sharded(p), p.dtype.itemsize < 4, matrix, height[name]].append(p)
+        plain = not (matrix and config.name == "muon")
+        members = places.setdefault((plain, is_sharded(p), p.dtype.itemsize < 4), {})
+        members.setdefault((matrix, height[name]), []).append(p)
     optimizers: list[torch.optim.Optimizer] = []
-    for by_muon, sharded, half in sorted({key[:3] for key in members}, key=lambda key: (not key[0], *key[1:])):
-        groups = [
-            {"params": params, "lr": rate, "base_lr": rate, "weight_decay": config.weight_decay if matrix else 0.0}
-            for (*what, matrix, below), params in members.items()
-            if what == [by_muon, sharded, half] and (rate := config.lr * config.layer_decay**below)
-        ]
-        if by_muon:
-            make: Make = partial(Muon, lr=config.lr, dtype=torch.bfloat16 if bf16 else torch.float32)
-        else:
+    for (plain, sharded, half), members in sorted(places.items()):
+        groups: Groups = []
+        for (matrix, below), params in members.items():
+            rate = config.lr * config.layer_decay**below
+            decay = config.weight_decay if matrix else 0.0
+            groups.append({"params": params, "lr": rate, "base_lr": rate, "weight_decay": decay})
+        if plain:
             make = _MAKERS[config.name](config, sharded)
+        else:
+            make = partial(Muon, lr=config.lr, dtype=torch.bfloat16 if bf16 else torch.float32)
         optimizers.append(Masters(groups, make) if half else make(groups))
     return optimizers
 

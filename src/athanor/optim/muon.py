@@ -15,21 +15,45 @@ from athanor.optim.sharded import gradient, local, part, whole
 _A, _B, _C = 3.4445, -4.7750, 2.0315
 
 
-def orthogonalise(matrices: Tensor, dtype: torch.dtype, steps: int = 5) -> Tensor:
-    """Nearly the orthogonal polar factor of each matrix: (N, rows, cols) -> the same, by Newton-Schulz iteration.
+_ROUNDS = (2, 3)  # iterations between two looks at X itself: more, and bfloat16 drifts
+_LONG = 1.5  # how much longer one side must be than the other for products of Gram matrices to be the cheaper ones
 
-    X <- a X + (b X X^T + c (X X^T)^2) X, from X = G / |G|.
+
+def orthogonalise(matrices: Tensor, dtype: torch.dtype) -> Tensor:
+    """Nearly the orthogonal polar factor of each matrix: (N, rows, cols) -> the same, by five Newton-Schulz iterations.
+
+    X <- p(X X^T) X with p(G) = a + b G + c G^2, from X = G / |G|.
+
+    Where one side is much the longer, iterations go over G = X X^T, whose sides are the shorter one, by G <- p(G) G p(G), and
+    X is multiplied once by the product of the p(G): the same polynomial in fewer operations, 28 m^3 + 8 m^2 n instead of
+    10 m^3 + 20 m^2 n for sides m < n.
     """
     x = matrices.to(dtype)
     tall = x.shape[1] > x.shape[2]
     if tall:
         x = x.transpose(1, 2)  # the products are of the smaller side
     x = x / (torch.linalg.matrix_norm(x, keepdim=True) + 1e-7)
-    for _ in range(steps):
-        gram = torch.bmm(x, x.transpose(1, 2))
-        poly = torch.baddbmm(gram, gram, gram, beta=_B, alpha=_C)
-        x = torch.baddbmm(x, poly, x, beta=_A)
+    if x.shape[2] < _LONG * x.shape[1]:
+        for _ in range(sum(_ROUNDS)):
+            gram = torch.bmm(x, x.transpose(1, 2))
+            x = torch.baddbmm(x, torch.baddbmm(gram, gram, gram, beta=_B, alpha=_C), x, beta=_A)
+    else:
+        for steps in _ROUNDS:
+            x = torch.bmm(_product(torch.bmm(x, x.transpose(1, 2)), steps), x)
     return (x.transpose(1, 2) if tall else x).to(matrices.dtype)
+
+
+def _product(gram: Tensor, steps: int) -> Tensor:
+    """The product of the polynomials of so many iterations, from the Gram matrix that they begin with."""
+    product = None
+    for step in range(steps):
+        poly = torch.baddbmm(gram, gram, gram, beta=_B, alpha=_C)
+        poly.diagonal(dim1=1, dim2=2).add_(_A)
+        product = poly if product is None else torch.bmm(poly, product)
+        if step + 1 < steps:
+            gram = torch.bmm(torch.bmm(poly, gram), poly)
+    assert product is not None
+    return product
 
 
 class Muon(torch.optim.Optimizer):

@@ -25,7 +25,7 @@ def check_precision(precision: str, device: torch.device) -> None:
         raise ConfigError(f"precision ({precision!r}) must be one of {known}{nearest(precision, PRECISIONS)}")
     if precision == "fp16" and device.type == "cpu":
         raise ConfigError(
-            "precision ('fp16') does not go with a CPU, which multiplies float16 matrices many times slower than float32 ones"
+            "precision ('fp16') does not go with a CPU, which multiplies float16 matrices about 25 times slower than float32 ones"
             " (docs/log.md): use bf16, or fp32 where the CPU has no bfloat16"
         )
 

@@ -1,9 +1,7 @@
 """Say what training will need before anything starts: memory, operations, time, cost; or plan a life of some minutes.
 
-athanor plan --minutes 10
-athanor plan llama:llama-3-8b --device h100 --parallel fsdp=8
-athanor plan llama --shape.d-model 512 --shape.vocab-size 8192 --picture plan.svg
-athanor plan --hours 24 --device a100-80gb
+    athanor plan llama:llama-3-8b --device h100 --parallel fsdp=8
+    athanor plan --hours 24 --device a100-80gb
 """
 
 from __future__ import annotations
@@ -68,7 +66,7 @@ class Config:
     optimizer: Name = "adamw"
     """adamw, muon, sgd or adafactor."""
     tune: Tuning = "full"
-    """What is trained: full, or small matrices beside frozen layers of 32 (lora) or 4 bits (qlora)."""
+    """full, or small matrices beside frozen layers: lora, qlora (of 4 bits)."""
     rank: int = 16
     """Of lora's matrices."""
     targets: tuple[str, ...] = ("*",)
@@ -102,16 +100,12 @@ def main(config: Config) -> int:
         raise ConfigError(f"minutes ({c.minutes:g}) is of a life, which has neither a model nor a budget: leave it out")
     name, model = ("", None) if c.model is None else _model(c)
     context = c.context or (2048 if model is None else min(model.config.max_positions, 2048))
-    setup = Setup(
-        c.batch_tokens, c.accumulate, context, c.precision, c.checkpointing, c.optimizer, c.tune, c.rank, c.targets,
-        parse(c.parallel),
-    )  # fmt: skip
+    numbers = (c.batch_tokens, c.accumulate, context, c.precision, c.checkpointing, c.optimizer)
+    setup = Setup(*numbers, c.tune, c.rank, c.targets, parse(c.parallel))
     terms = budget.Terms.of(devices.get(c.device), c.mfu, c.price, c.hours, c.memory, c.tokens, c.flops)
     if model is None:
         if c.checkpoint is not None or c.shape != Shape(vocab_size=c.shape.vocab_size):
-            raise ConfigError(
-                "checkpoint and shape (but vocab_size) are of a model, and none is named: name one, or leave them out"
-            )
+            raise ConfigError("checkpoint and shape (but vocab_size) are of a model, and none is named: name one")
         found = budget.best(terms, setup, c.shape.vocab_size or 32_000)
     else:
         found = budget.of(name, model, terms, setup, others=c.picture is not None)
@@ -139,9 +133,8 @@ def _model(config: Config) -> tuple[str, LanguageModel]:
 
 
 def _life(config: Config) -> int:
-    given = [f.name for f in fields(config) if getattr(config, f.name) != getattr(Config(), f.name)]
-    for name in given:
-        if name not in ("minutes", "json", "out"):
+    for name in (f.name for f in fields(config) if f.name not in ("minutes", "json", "out")):
+        if getattr(config, name) != getattr(Config(), name):
             raise ConfigError(
                 f"{name} ({getattr(config, name)}) says nothing about a life: name a model, as llama:llama-3-8b, or a budget"
                 " (memory, hours, tokens, flops)"

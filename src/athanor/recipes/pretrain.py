@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 from pathlib import Path
 from typing import Any
 
@@ -85,7 +85,10 @@ def _train(config: Config, stage: Stage, rows: int, strategy: Alone) -> None:
 
     def make() -> tuple[LanguageModel, Pretraining]:
         fresh = models.build(config.arch.partition(":")[0], shape, seed=config.seed).to(strategy.device)
-        return fresh, choose(config.objective, fresh, config.options, tokenizer, config.context, config.seed)
+        chosen = choose(config.objective, fresh, config.options, tokenizer, config.context, config.seed)
+        if chosen.vocabulary.start is not None:
+            fresh.token_ids = replace(fresh.token_ids, decoder_start=chosen.vocabulary.start)
+        return fresh, chosen
 
     model, pretraining = make()
     with dist.main_first():

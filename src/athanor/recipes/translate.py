@@ -46,24 +46,26 @@ class Shape:
 
 @dataclass(frozen=True)
 class Config:
-    """Attributes:
-    run: run folder; the model goes to its `translate/`, translations to `translations/`
-    source: text to translate from: lines, or a .tsv or .jsonl with both sides; may be compressed (.gz, .bz2, .xz)
-    target: its translation
-    valid_source: held-out text; its loss is measured after each epoch
-    valid_target: its translation
-    test_source: text that is translated and measured at the end, too
-    test_target: its translation
-    lower: make all text small letters
-    vocab_size: tokens of the vocabulary that both languages share
-    max_tokens: longest side of a pair, and longest translation; longer pairs are left out and counted
-    arch: architecture: a file of `models/` that is an encoder-decoder
-    epochs: how often every pair is seen
-    batch_tokens: tokens of one update, both sides together
-    dropout: share of activations left out while training
-    precision: of the matrix products: bf16 or fp32
-    save_seconds: time between two saves of the training state; changes nothing else
-    seed: of weights, data order and dropout
+    """What to learn from, and how.
+
+    Attributes:
+        run: run folder; the model goes to its `translate/`, translations to `translations/`
+        source: text to translate from: lines, or a .tsv or .jsonl with both sides; may be compressed (.gz, .bz2, .xz)
+        target: its translation
+        valid_source: held-out text; its loss is measured after each epoch
+        valid_target: its translation
+        test_source: text that is translated and measured at the end, too
+        test_target: its translation
+        lower: make all text small letters
+        vocab_size: tokens of the vocabulary that both languages share
+        max_tokens: longest side of a pair, and longest translation; longer pairs are left out and counted
+        arch: architecture: a file of `models/` that is an encoder-decoder
+        epochs: how often every pair is seen
+        batch_tokens: tokens of one update, both sides together
+        dropout: share of activations left out while training
+        precision: of the matrix products: bf16 or fp32
+        save_seconds: time between two saves of the training state; changes nothing else
+        seed: of weights, data order and dropout
     """
 
     run: Path
@@ -93,9 +95,9 @@ class Config:
 def main(config: Config) -> int:
     if config.epochs < 1 or config.max_tokens < 2:
         raise ConfigError(f"epochs ({config.epochs}) must be at least 1, max_tokens ({config.max_tokens}) at least 2")
-    if config.test_target is not None and config.test_source is None:
+    if config.test_target and not config.test_source:
         raise ConfigError(f"test_target ({config.test_target}) has no test_source: give both sides")
-    metric = translation.metric(config.search.tokenize, lower=config.lower)  # what is missing is said before training
+    metric = translation.metric(config.search.tokenize, lower=config.lower)  # fails before training, not after
     stage = Stage(config.run, "translate", configs.to_dict(config) | {"run": "", "save_seconds": None})
     if stage.record is None:
         _run(config, stage, metric)
@@ -115,14 +117,12 @@ def _run(c: Config, stage: Stage, metric: Any) -> None:
     tokenizer = Tokenizer.train(chain.from_iterable(train), c.vocab_size)
     model = _model(c, tokenizer).to(default_device())
     sides = {name: pairs.encode(part, tokenizer, max_tokens=c.max_tokens) for name, part in (("train", train), ("valid", valid))}
-    for name, e in sides.items():
-        print(f"{name}: {len(e.pairs):,} pairs; left out: {e.empty} with an empty side, {e.long} over {c.max_tokens} tokens")
+    print("\n".join(f"{name}: {len(e.pairs):,} pairs; left out: {e.summary}" for name, e in sides.items()))
     order, watched = (pairs.PairBatches(e.pairs, c.batch_tokens, tokenizer.bos_id, c.seed) for e in sides.values())
     steps, objective = c.epochs * order.per_epoch, seq2seq.build(c.objective)
     measure = heldout(model, objective, [watched.batch(i) for i in range(watched.per_epoch)], precision=c.precision)
-    data = io.sha256_text(json.dumps([train, valid]))
-    identity = stage.settings | {"data": data, "tokenizer": tokenizer.hash, "threads": torch.get_num_threads()}
-    store = StateStore(c.run / "state" / "translate", identity)
+    data = {"data": io.sha256_text(json.dumps([train, valid])), "tokenizer": tokenizer.hash}
+    store = StateStore(c.run / "state" / "translate", stage.settings | data | {"threads": torch.get_num_threads()})
     seed_all(c.seed)
     dropout(model, c.dropout)
     with watching(c.run, "translate", steps, store) as tracker:
@@ -131,12 +131,12 @@ def _run(c: Config, stage: Stage, metric: Any) -> None:
             schedule(c.schedule, steps), steps=steps, precision=c.precision, store=store, save_seconds=c.save_seconds,
             hooks=[Hook(lambda step: dict(measure(step)), order.per_epoch)], tracker=tracker,
         )  # fmt: skip
-    LM(model, tokenizer).save(c.run / "translate", parent=None, corpus=data)
-    files = {name: c.run / "translations" / f"{name}.txt" for name in held}
-    bleu = {n: translation.measure(model, tokenizer, held[n], c.search, metric, file) for n, file in files.items()}
+    LM(model, tokenizer).save(c.run / "translate", parent=None, corpus=data["data"])
+    out = c.run / "translations"
+    bleu = {n: translation.measure(model, tokenizer, p, c.search, metric, out / f"{n}.txt") for n, p in held.items()}
+    figures = {"parameters": model.n_parameters(), "pairs": len(sides["train"].pairs), "steps": steps, "bleu": bleu}
     dropped = {name: {"empty": e.empty, "long": e.long} for name, e in sides.items()}
-    figures = {"parameters": model.n_parameters(), "pairs": len(sides["train"].pairs), "steps": steps, "dropped": dropped}
-    stage.finish(**figures, bleu=bleu, curve=progress.history, fit=progress.seconds)
+    stage.finish(**figures, dropped=dropped, curve=progress.history, fit=progress.seconds)
     store.clear()
 
 

@@ -28,7 +28,8 @@ def show(found: Found) -> None:
     """The plan as tables."""
     console = Console(highlight=False)
     f, s, need = found, found.setup, found.need
-    shape = f"{f.shape.get('n_layers')} layers, {f.shape.get('d_model')} wide, vocabulary {f.shape.get('vocab_size', 0):,}"
+    layers = f.shape.get("n_layers", 0)
+    shape = f"{layers} layer{'s' * (layers != 1)}, {f.shape.get('d_model')} wide, vocabulary {f.shape.get('vocab_size', 0):,}"
     console.print(f"{f.name}: {words.parameters(f.parameters)} parameters ({f.family}, {shape}).", soft_wrap=True)
     trained = "" if s.tune == "full" else f", {need.trainable:,} parameters trained ({s.tune}, rank {s.rank})"
     console.print(
@@ -42,7 +43,7 @@ def show(found: Found) -> None:
             table.add_row(part, words.size(size), words.share(size / need.peak), MEANING[part])
     table.add_row("tensors at the peak", words.size(need.peak), "", "", style="bold")
     if f.device.kind == "cpu":
-        table.add_row("holes of the heap", words.size(need.resident - need.peak), "", "measured on glibc")
+        table.add_row("heap", words.size(need.resident - need.peak), "", "holes between tensors, and scratch of kernels")
     beside = "libraries" if f.device.kind == "cpu" else "context, workspaces, allocator (assumed)"
     table.add_row("beside", words.size(f.beside), "", beside)
     verdict = "fits into" if f.fits else "does NOT fit into"

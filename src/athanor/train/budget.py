@@ -181,6 +181,10 @@ def best(terms: Terms, setup: Setup, vocab_size: int) -> Found:
         conditions.append(lambda model: TOKENS_PER_PARAMETER * model.n_parameters() <= (terms.tokens or 0))
     memory = terms.memory or terms.device.memory
     way = replace(setup, fused=terms.device.kind != "cpu")
+    layout, size = setup.layout, 2 if setup.precision == "pure-bf16" else 4
+    spread = layout.fsdp * layout.tp * layout.pp
+    if setup.tune != "qlora":  # quick to ask: the weights alone
+        conditions.append(lambda model: model.n_parameters() * size / spread <= memory)
     conditions.append(lambda model: total(predict(model, way), terms.device) <= memory)
     model = largest(lambda m: all(condition(m) for condition in conditions), vocab_size, setup.context)
     tokens = terms.tokens or TOKENS_PER_PARAMETER * model.n_parameters()

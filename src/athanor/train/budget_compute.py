@@ -167,7 +167,10 @@ def largest(fits: Callable[[LanguageModel], bool], vocab_size: int, context: int
     Raises:
         ConfigError: not even the smallest fits.
     """
-    low, high = 0, widest // HEAD + 1  # in heads: `low` fits, `high` does not
+    low, high = 0, 1  # in heads: `low` fits, `high` does not
+    while high * HEAD <= widest and fits(shape(high * HEAD, vocab_size, context)):  # small models are quicker to ask
+        low, high = high, 2 * high
+    high = min(high, widest // HEAD + 1)
     while high - low > 1:
         middle = (low + high) // 2
         if fits(shape(middle * HEAD, vocab_size, context)):

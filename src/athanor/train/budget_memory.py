@@ -42,8 +42,20 @@ Checkpointing = Literal["none", "selective", "full"]
 Tuning = Literal["full", "lora", "qlora"]
 # Of 4-bit NormalFloat in blocks of 64 with scales quantised once more (Dettmers et al. 2023, section 3): 4 + 0.127 bits a weight.
 NF4 = 0.5 + 0.127 / 8
-# glibc's heap keeps holes between tensors of many sizes: resident memory per byte of tensors, measured (bench/memory.py).
-HOLES = 1.21
+# Of a process on a CPU beside its tensors, measured (bench/memory.py): what kernels and the allocator keep however small a model
+# is, and holes in glibc's heap as large as the short-lived tensors of a block: bytes for each of tokens x width.
+SCRATCH, HOLES = 60_000_000, 135
+
+
+def resident(tensors: int, tokens: int, width: int, held: int = 0) -> int:
+    """Bytes by which a process on a CPU grows.
+
+    Args:
+        tensors: bytes of these at the peak.
+        tokens, width: of a micro-batch, and of the model.
+        held: gradients that stay between micro-batches; new ones are formed beside them, which leaves holes of that size.
+    """
+    return tensors + SCRATCH + HOLES * tokens * width + held
 
 
 @dataclass(frozen=True)
@@ -147,7 +159,8 @@ def predict(model: LanguageModel, setup: Setup, objective: Objective | None = No
         parts["weights"] -= _nf4(model, setup)
     peak = sum(parts.values())
     tokens = setup.rows * setup.context
-    return Need(parts, peak, round(peak * HOLES), trained, 8 * tokens * model.config.vocab_size)
+    held = parts["gradients"] if setup.micro > 1 else 0
+    return Need(parts, peak, resident(peak, tokens, model.config.d_model, held), trained, 8 * tokens * model.config.vocab_size)
 
 
 def objective_of(model: LanguageModel) -> Objective:
@@ -196,7 +209,8 @@ def rehearse(model: LanguageModel, setup: Setup, objective: Objective) -> tuple[
         state = {n for n, block in live.blocks.items() if block.part in ("optimizer", "casts")}
         live.part = "working"
         live.restart()
-        train_step(twin, watched, [batch] * setup.micro, optimizers, lr_factor=1.0, clip=1.0, precision=precision)
+        # The second micro-batch finds the gradients of the first; later ones find nothing new.
+        train_step(twin, watched, [batch] * min(setup.micro, 2), optimizers, lr_factor=1.0, clip=1.0, precision=precision)
         return compose(live, trained, state), sum(p.numel() for p in trained)
 
 

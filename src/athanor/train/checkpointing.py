@@ -43,19 +43,21 @@ def checkpoint(model: nn.Module, how: How) -> None:
     """Make the blocks of a model, in place, keep less for the backward pass. Where no gradients are wanted nothing changes.
 
     Raises:
-        ConfigError: an unknown `how`; a model without blocks, or one that was given here before.
+        ConfigError: an unknown `how`; a model without blocks, or whose blocks are checkpointed or compiled already.
     """
     if how not in get_args(How):
         known = get_args(How)
         raise ConfigError(f"checkpointing ({how!r}) must be {' or '.join(known)}{nearest(how, known)}")
     for stack in stacks(model):
         for block in stack:
-            if isinstance(block.forward, _Lean):
+            if isinstance(block.forward, Lean):
                 raise ConfigError("the blocks of this model are checkpointed already: do it once")
-            block.forward = _Lean(block, how, block is stack[0])
+            if block._compiled_call_impl is not None:
+                raise ConfigError("the blocks of this model are compiled already: checkpoint them first, then compile")
+            block.forward = Lean(block, how, block is stack[0])
 
 
-class _Lean:
+class Lean:
     """The forward of a block that keeps less."""
 
     def __init__(self, block: nn.Module, how: How, first: bool) -> None:

@@ -9,14 +9,15 @@ import time
 import warnings
 from collections.abc import Callable
 
+import torch
 from torch import nn
 
-from athanor.core.errors import MissingExtraError
-from athanor.train.checkpointing import stacks
+from athanor.core.errors import ConfigError, MissingExtraError
+from athanor.train.checkpointing import Lean, stacks
 
 
 def compile_blocks(model: nn.Module, first: Callable[[], object], backend: str = "inductor") -> float:
-    """Compile the blocks of a model in place; its names and weights stay as they are.
+    """Compile the blocks of a model in place, after `checkpoint` where they are checkpointed; names and weights stay.
 
     Compiling happens when blocks run, forward and backward, on the first batch of a kind; it takes from seconds to a minute,
     which longer training earns back (docs/log.md).
@@ -30,7 +31,7 @@ def compile_blocks(model: nn.Module, first: Callable[[], object], backend: str =
         The seconds that `first` took.
 
     Raises:
-        ConfigError: a model without blocks.
+        ConfigError: a model without blocks, or with blocks of selective checkpointing.
         MissingExtraError: there is no C++ compiler, and blocks on a CPU need one.
     """
     found = [block for stack in stacks(model) for block in stack]
@@ -40,8 +41,16 @@ def compile_blocks(model: nn.Module, first: Callable[[], object], backend: str =
             f"compiling on a CPU needs the C++ compiler {compiler!r}, which is not installed: install it (on Debian `apt install"
             " g++`), name another in the environment variable CXX, or train without compiling"
         )
+    if any(isinstance(block.forward, Lean) and block.forward.selective for block in found):
+        raise ConfigError(
+            "selective checkpointing looks at the operations of a block one by one, and a compiled block shows none:"
+            " use full checkpointing, or do not compile"
+        )
     for block in found:
-        block.compile(backend=backend)
+        if isinstance(block.forward, Lean):
+            block.forward.whole = torch.compile(block.forward.whole, backend=backend)
+        else:
+            block.compile(backend=backend)
     start = time.perf_counter()
     with warnings.catch_warnings():
         # Dynamo asks every tensor for its gradient, and torch warns that some have none.

@@ -23,7 +23,7 @@ from athanor.core.errors import NoTargetsError, TrainingError
 from athanor.models.base import LanguageModel
 from athanor.nn.moe import MixtureOfExperts
 from athanor.optim.master import Masters
-from athanor.train.budget_memory import HOLES
+from athanor.train.budget_memory import resident
 from athanor.train.budget_trace import UNFORESEEN, Live, rehearsing, shadow
 from athanor.train.parallel.base import ALONE, Alone, Objective, local
 from athanor.types import IGNORE, Batch
@@ -72,29 +72,28 @@ def dry_step(
     if not bool((batch.labels != IGNORE).any()):
         raise NoTargetsError(f"batch {batch.origin!r} has no supervised target: a dry step needs one to have a backward pass")
     device, coming = model.device, state_to_come(optimizers)
-    cpu = device.type == "cpu"
+    cpu, tokens, width = device.type == "cpu", batch.ids.numel(), model.config.d_model
     available = free_memory() if cpu else None
-    if cpu and type(strategy) is Alone and available is not None:
-        need = round((_need(model, objective, batch, precision) + coming) * HOLES)
-        if need > available:
-            raise TrainingError(
-                f"a step of {batch.ids.numel():,} tokens (longest sequence {int(batch.lengths.max()):,}) needs about"
-                f" {need / 1e9:.2f} GB more, and {available / 1e9:.2f} GB are free: {_LOWER}"
-            )
+    what = f"a step of {tokens:,} tokens (longest sequence {int(batch.lengths.max()):,})"
     with _untouched(model):
+        if type(strategy) is Alone and available is not None:
+            need = resident(_need(model, objective, batch, precision) + coming, tokens, width)
+            if need > available:
+                raise TrainingError(
+                    f"{what} needs about {need / 1e9:.2f} GB more, and {available / 1e9:.2f} GB are free: {_LOWER}"
+                )
         start = time.perf_counter()
         try:
             made = _run(model, objective, batch, precision, strategy)
         except (RuntimeError, MemoryError) as error:
             if not _out_of_memory(error):
                 raise
-            raise TrainingError(
-                f"a step of {batch.ids.numel():,} tokens (longest sequence {int(batch.lengths.max()):,}) does not fit into the"
-                f" memory of {device} ({' '.join(str(error).split())[:200]}): {_LOWER}"
-            ) from None
+            said = " ".join(str(error).split())[:200]
+            raise TrainingError(f"{what} does not fit into the memory of {device} ({said}): {_LOWER}") from None
         seconds = time.perf_counter() - start
     held = sum(x.untyped_storage().nbytes() for x in {id(x): x for x in (*model.parameters(), *model.buffers())}.values())
-    return Dry(held + made + coming, round((made + coming) * (HOLES if cpu else 1)), available, seconds)
+    grows = resident(made + coming, tokens, width) if cpu else made + coming
+    return Dry(held + made + coming, grows, available, seconds)
 
 
 def worst(batch_tokens: int, context: int, vocab_size: int, device: torch.device | None = None) -> Batch:

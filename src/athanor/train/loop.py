@@ -219,6 +219,8 @@ def fit(
                 raise SystemExit(interrupt.exit_code)
     if early is not None:
         early.finish()
+    if store is not None:
+        store.wait()
     progress.stopped = why
     model.eval()
     return progress

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import os
 import platform
+import signal
 from collections.abc import Iterator, Sequence
 from contextlib import closing, contextmanager
 from pathlib import Path
@@ -39,6 +40,12 @@ def watching(run: Path, stage: str, steps: int, store: StateStore, sinks: Sequen
         try:
             yield tracker
         except BaseException as error:
-            say("stopped", why=f"{type(error).__name__}: {error}" if str(error) else type(error).__name__)
+            say("stopped", why=_why(error))
             raise
         say("finished")
+
+
+def _why(error: BaseException) -> str:
+    if isinstance(error, SystemExit) and error.code in {128 + s for s in signal.Signals}:  # see `train.interrupt`
+        return f"stopped by {signal.Signals(int(error.code or 0) - 128).name}; its state is saved"
+    return f"{type(error).__name__}: {error}" if str(error) else type(error).__name__
