@@ -44,7 +44,7 @@ SHORT = 0.75  # of AdamW's budget: what Muon must do with
 SKILL_SHARE = 0.3  # as `athanor pretrain` has it
 WARMUP, FINAL = 0.05, 0.05
 TURN = 4.0  # seconds
-LOOKS = (0.3, 0.5, 0.7, 0.8, 0.9, 1.0)  # shares of a budget after which held-out text is read
+LOOKS = (0.5, 0.75, 0.9, 1.0)  # shares of a budget after which held-out text is read
 
 
 @dataclass(frozen=True)
@@ -128,6 +128,7 @@ class Contender:
         if self.seconds >= self.looks[0]:
             self.looks = [x for x in self.looks if x > self.seconds]
             self.curve.append((self.seconds, self.steps, self.life.heldout(self.model)))
+            print(f"{self.name}: {self.curve[-1][2]:.4f} after {self.seconds:.0f} s, {self.steps} updates", flush=True)
 
 
 def factor(share: float) -> float:

@@ -1,12 +1,12 @@
-"""Speed of training beside transformers, on the CPU: `python bench/train.py --help`.
+"""Speed and memory of training beside transformers.Trainer, on the CPU: `python bench/train.py --help`.
 
-pre-training  packed rows of one length: our step beside LlamaForCausalLM (sdpa, same weights, same rows, same autocast,
-              fused AdamW and clipping on both sides)
-tuning        ragged conversations, packed: our step beside transformers.Trainer, which pads
+pre-training  packed rows of one length: our step beside Trainer in the same precision, on the same rows from the same weights
+tuning        ragged conversations: our step, which packs them, beside Trainer, which pads or flattens them
+memory        of two pre-training steps at a vocabulary of 32,768, each side in a process of its own
 
-Both live in one process with the same threads and the same allocator settings (`tune_allocator`, so it serves the peer too)
-and take turns; neither is compiled. A ratio is the median of the ratios of the rounds. Before anything is timed, both
-sides must compute the same loss from the same weights and batch.
+The sides live in one process with the same threads and the same allocator settings (`tune_allocator`, so it serves the peer
+too) and take turns; nothing is compiled unless asked. A ratio is the median of the ratios of the rounds. Before anything is
+timed, both sides must compute the same loss from the same weights and batch.
 """
 
 from __future__ import annotations
@@ -20,9 +20,10 @@ from importlib import metadata
 from pathlib import Path
 from typing import Any
 
-from training.pretraining import memory, pretraining
-from training.rounds import ROUNDS
-from training.sides import CPU, Shape
+import torch
+from training.footprint import memory
+from training.pretraining import pretraining
+from training.sides import Shape
 from training.tuning import tuning_sets
 
 from athanor.core import io
@@ -31,40 +32,58 @@ from athanor.core.errors import AthanorError, ConfigError, MissingExtraError
 from athanor.models import llama
 
 PEERS = ("transformers", "accelerate")
+PARTS = ("pretraining", "tuning", "memory")
 SHAPES = {
-    "life": Shape(llama.Config(2048, 192, 4, 3, 1, 512), 256, 32, conversations=2048),  # of a life of ten minutes
-    "12m": Shape(llama.Config(16384, 256, 8, 8, 8, 1024), 512, 8),
-    "tiny": Shape(llama.Config(512, 32, 2, 4, 2, 64), 32, 8, conversations=48),  # for tests: its speeds mean nothing
+    "life": Shape(llama.Config(2048, 192, 4, 3, 1, 512), 256, 32, conversations=2048, skills=True),  # of a life of ten minutes
+    "12m": Shape(llama.Config(16384, 256, 8, 8, 8, 1024), 512, 8, conversations=2048),
+    "124m": Shape(llama.Config(32768, 768, 12, 12, 12, 2560), 512, 4, conversations=2048),
+    "tiny": Shape(llama.Config(512, 32, 2, 4, 2, 64), 32, 8, conversations=48, skills=True),  # for tests: speeds mean nothing
 }
 
 
 def show_pretraining(name: str, r: Mapping[str, Any]) -> None:
     print(f"\nPre-training {name}: {r['parameters']:,} parameters, {r['tokens_per_step']} tokens a step in rows of {r['row']}")
-    print(f"  {'':<14}{'tokens/s':>10}{'ratio':>8}{'memory of a step':>20}")
+    print(f"  {'':<30}{'tokens/s':>10}{'ratio':>8}")
     for side, rates in r["tokens_per_second"].items():
-        shown = f"{r['ratio']:.2f}" if side == "athanor" else "1.00"
-        print(f"  {side:<14}{statistics.median(rates):>10,.0f}{shown:>8}{r['memory'][side] / 2**20:>16,.0f} MiB")
+        waited = r["first_step_seconds"].get(side)
+        first = "" if waited is None else f"   first step {waited:.0f} s"
+        print(f"  {side:<30}{statistics.median(rates):>10,.0f}{r['ratio'][side]:>8.2f}{first}")
     print(f"  ratio wanted: {r['wanted']}; loss of the first step {r['loss']['athanor']:.5f}, {r['loss']['transformers']:.5f}")
 
 
 def show_tuning(name: str, data: str, r: Mapping[str, Any]) -> None:
     print(f"\nTuning {name} on {data}: {r['mean_length']:.0f} tokens each, {r['padding_of_eight']:.0%} padding in batches of 8")
-    print(f"  {'':<52}{'tokens/s':>10}{'ratio':>8}")
+    print(f"  {'':<36}{'tokens/s':>10}{'ratio':>8}{'to the best':>14}")
     for side, rates in r["tokens_per_second"].items():
-        print(f"  {side:<52}{statistics.median(rates):>10,.0f}{r['ratio'][side]:>8.2f}")
-    print(f"  ratio wanted: {r['wanted']}; tokens are prompt and answer, without padding")
+        print(f"  {side:<36}{statistics.median(rates):>10,.0f}{r['ratio'][side]:>8.2f}{r['ratio_to_best'][side]:>14.2f}")
+    print(f"  ratio wanted: {r['wanted']}; tokens are prompt and answer, without padding; the best is {r['best_peer']!r}")
+
+
+def show_memory(name: str, r: Mapping[str, Any]) -> None:
+    sizes = ", ".join(f"{side} {size / 2**20:,.0f} MiB" for side, size in r["bytes"].items())
+    print(
+        f"\nMemory of a step, {name}, vocabulary {r['vocabulary']:,}, {r['tokens_per_step']} tokens: {sizes};"
+        f" ratio {r['ratio']:.2f}, wanted {r['wanted']}"
+    )
 
 
 def arguments(argv: Sequence[str] | None) -> argparse.Namespace:
-    parser = argparse.ArgumentParser(description="Speed of training beside transformers, on the CPU; see docs/benchmarks.md.")
+    parser = argparse.ArgumentParser(description="Training beside transformers.Trainer, on the CPU; see docs/benchmarks.md.")
     parser.add_argument(
         "--seconds", type=float, default=5.0, help="timed seconds of each contender, at least (default %(default)g)"
     )
+    parser.add_argument("--rounds", type=int, default=5, help="turns that each contender has (default %(default)d)")
     parser.add_argument("--shapes", nargs="+", choices=SHAPES, default=["life", "12m"], help="models (default: life 12m)")
+    parser.add_argument("--parts", nargs="+", choices=PARTS, default=list(PARTS), help="what is measured (default: all)")
+    parser.add_argument("--compiled", action="store_true", help="pre-training: both sides with torch.compile as well")
     parser.add_argument("--json", type=Path, metavar="PATH", help="also write everything that was measured there")
     options = parser.parse_args(argv)
     if not options.seconds > 0:
         raise ConfigError(f"--seconds ({options.seconds:g}) must be above 0: 5 is usual")
+    if not options.rounds > 0:
+        raise ConfigError(f"--rounds ({options.rounds}) must be above 0: 5 is usual")
+    if options.compiled and "pretraining" not in options.parts:
+        raise ConfigError(f"--compiled is about pretraining, and --parts has only {' and '.join(options.parts)}: leave one away")
     return options
 
 
@@ -82,28 +101,32 @@ def main(argv: Sequence[str] | None = None) -> int:
 
 
 def run(options: argparse.Namespace) -> None:
-    precision: Precision = "bf16" if supports_bf16(CPU) else "fp32"
+    precision: Precision = "bf16" if supports_bf16(torch.device("cpu")) else "fp32"
     facts = machine() | {name: metadata.version(name) for name in PEERS}
     for key, value in facts.items():
         print(f"{key:<14}{value}")
-    print(f"{'precision':<14}{precision}, fused AdamW on both sides, tuned allocator for both, nothing compiled", flush=True)
-    needed = memory({name: SHAPES[name] for name in options.shapes}, precision)
+    print(f"{'precision':<14}{precision}, fused AdamW on both sides, tuned allocator for both", flush=True)
+    results: dict[str, Any] = {"machine": facts, "precision": precision, "seconds": options.seconds, "rounds": options.rounds}
+    results |= {part: {} for part in options.parts}
+    if "memory" in options.parts:
+        results["memory"] = memory({name: SHAPES[name] for name in options.shapes}, precision)
+        for name, r in results["memory"].items():
+            show_memory(name, r)
     tune_allocator()
 
     from transformers.utils import logging
 
     logging.set_verbosity_error()
-    results: dict[str, Any] = {"machine": facts, "precision": precision, "seconds": options.seconds, "rounds": ROUNDS}
-    results |= {"pretraining": {}, "tuning": {}}
     for name in options.shapes:
-        r = pretraining(SHAPES[name], precision, options.seconds)
-        results["pretraining"][name] = r | {"memory": needed[name]}
-        show_pretraining(name, results["pretraining"][name])
-    for name in options.shapes:
-        if SHAPES[name].conversations:
-            results["tuning"][name] = tuning_sets(SHAPES[name], precision, options.seconds)
+        if "pretraining" in options.parts:
+            r = pretraining(SHAPES[name], precision, options.seconds, options.rounds, options.compiled)
+            results["pretraining"][name] = r
+            show_pretraining(name, r)
+        if "tuning" in options.parts:
+            results["tuning"][name] = tuning_sets(SHAPES[name], precision, options.seconds, options.rounds)
             for data, r in results["tuning"][name].items():
                 show_tuning(name, data, r)
+        sys.stdout.flush()
     if options.json:
         io.write_json(options.json, results)
 

@@ -6,8 +6,6 @@ import statistics
 import time
 from collections.abc import Callable, Mapping, Sequence
 
-ROUNDS = 5
-
 Round = Callable[[float], float]  # seconds at least -> tokens per second
 
 
@@ -25,12 +23,12 @@ def repeated(step: Callable[[], int]) -> Round:
     return run
 
 
-def take_turns(contenders: Mapping[str, Round], seconds: float) -> dict[str, list[float]]:
+def take_turns(contenders: Mapping[str, Round], seconds: float, rounds: int) -> dict[str, list[float]]:
     """Tokens per second of each contender in each round; every other round goes backwards, against drift of the machine."""
     rates: dict[str, list[float]] = {name: [] for name in contenders}
-    for i in range(ROUNDS):
+    for i in range(rounds):
         for name in list(contenders)[:: -1 if i % 2 else 1]:
-            rates[name].append(contenders[name](seconds / ROUNDS))
+            rates[name].append(contenders[name](seconds / rounds))
     return rates
 
 

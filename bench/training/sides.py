@@ -7,9 +7,8 @@ from dataclasses import dataclass
 from typing import Any
 
 import torch
-from torch import Tensor
 
-from athanor.core.device import Precision, autocast
+from athanor.core.device import Precision
 from athanor.core.errors import VerificationError
 from athanor.models import llama
 from athanor.objectives import next_token
@@ -17,7 +16,6 @@ from athanor.optim.build import OptimConfig, build
 from athanor.train.step import train_step
 from athanor.types import Batch
 
-CPU = torch.device("cpu")
 OPTIM = OptimConfig(name="adamw", lr=1e-4, weight_decay=0.0)
 CLIP = 1.0
 LOSS_TOLERANCE = 1e-3  # nats
@@ -25,12 +23,16 @@ LOSS_TOLERANCE = 1e-3  # nats
 
 @dataclass(frozen=True)
 class Shape:
-    """What is trained: a model, rows of `length` tokens, `rows` of them a step; `conversations` to tune on, 0 for no tuning."""
+    """What is trained: a model, rows of `length` tokens, `rows` of them a step; `conversations` to tune on.
+
+    They are ragged ones, and where `skills` is true in another set skills.
+    """
 
     config: llama.Config
     length: int
     rows: int
-    conversations: int = 0
+    conversations: int
+    skills: bool = False
 
     @property
     def tokens(self) -> int:
@@ -72,30 +74,17 @@ def their_model(config: llama.Config, ours: llama.Model | None = None) -> Any:
     return model.train()
 
 
+def optimizers_of(model: llama.Model, precision: Precision) -> list[torch.optim.Optimizer]:
+    """Ours for a model."""
+    return build(model, OPTIM, bf16=precision == "bf16")
+
+
 def our_step(model: llama.Model, precision: Precision) -> Callable[[Batch], tuple[float, float]]:
     """Batch -> loss and gradient norm of one update."""
-    optimizers = build(model, OPTIM, bf16=precision == "bf16")
+    optimizers = optimizers_of(model, precision)
 
     def step(batch: Batch) -> tuple[float, float]:
         result = train_step(model, next_token.loss, [batch], optimizers, lr_factor=1.0, clip=CLIP, precision=precision)
         return result.loss, result.grad_norm
-
-    return step
-
-
-def their_step(model: Any, precision: Precision) -> Callable[[Tensor, Tensor], tuple[float, float]]:
-    """Rows of ids and of labels, both (rows, length), labels shifted already -> loss and gradient norm of one update."""
-    betas = (OPTIM.beta1, OPTIM.beta2)
-    parameters = list(model.parameters())
-    optimizer = torch.optim.AdamW(parameters, lr=OPTIM.lr, betas=betas, weight_decay=OPTIM.weight_decay, fused=True)
-
-    def step(ids: Tensor, labels: Tensor) -> tuple[float, float]:
-        optimizer.zero_grad(set_to_none=True)
-        with autocast(CPU, precision):
-            loss = model(input_ids=ids, labels=labels, shift_labels=labels).loss
-        loss.backward()
-        norm = torch.nn.utils.clip_grad_norm_(parameters, CLIP)
-        optimizer.step()
-        return float(loss.detach()), float(norm)
 
     return step

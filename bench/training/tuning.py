@@ -1,11 +1,10 @@
-"""Ragged conversations: our step, which packs them, beside transformers.Trainer, which pads them."""
+"""Ragged conversations: our step, which packs them, beside transformers.Trainer, which pads or flattens them."""
 
 from __future__ import annotations
 
 import random
 import statistics
 import tempfile
-import time
 from collections.abc import Callable, Iterator, Sequence
 from functools import partial
 from itertools import cycle
@@ -15,107 +14,91 @@ from typing import Any
 import torch
 
 from athanor.core.device import Precision
-from athanor.data.pack import pack
+from athanor.data.pack import fill, pack
 from athanor.models import llama
 from athanor.objectives import next_token
 from athanor.tokenizer.chat import Rendered
 from training.conversations import TRAINER_BATCH, eight, filled, ragged, records, skills, small_tokenizer
 from training.rounds import Round, ratio, repeated, take_turns
 from training.sides import LOSS_TOLERANCE, Shape, agree, our_model, our_step, their_model
+from training.trainer import Collate, Record, trainer
 
 WANTED = 2.5
 
 Draw = Callable[[Iterator[Rendered]], list[Rendered]]
+Step = Callable[[Any], Any]
 
 
-def packed(model: llama.Model, conversations: Sequence[Rendered], precision: Precision, draw: Draw) -> Round:
+def packed(step: Step, conversations: Sequence[Rendered], draw: Draw) -> Round:
     """Our side: `draw` takes the conversations of one step from the endless shuffled order; packing them is timed too."""
-    step = our_step(model, precision)
     order = cycle(random.Random(1).sample(conversations, len(conversations)))
 
     def one() -> int:
         chosen = draw(order)
-        step(pack(chosen, "conversations"))
+        step(fill(pack(chosen, "conversations")))
         return sum(len(c.ids) for c in chosen)
 
     return repeated(one)
 
 
-def trainer(model: Any, conversations: Sequence[Rendered], collator: Any, folder: str, **arguments: Any) -> Round:
-    """Their side: Trainer as it comes, but that it neither saves nor prints; `arguments` are its own.
+def batches_of(found: Sequence[Record], size: int, grouped: bool) -> list[list[Record]]:
+    """The whole batches of an epoch of Trainer: in random order, or grouped by length as its own sampler does it.
 
-    A round is one call of `train()`, timed from the end of its first step to the end of its last.
+    That sampler puts the long ones of every 50 batches first, of which a short measurement sees nothing else; so the order of
+    the batches is shuffled.
     """
-    from transformers import PrinterCallback, Trainer, TrainerCallback, TrainingArguments
+    from transformers.trainer_pt_utils import get_length_grouped_indices
 
-    sizes: list[int] = []  # tokens that are no padding, of each batch in order
-
-    def collate(features: list[dict[str, list[int]]]) -> Any:
-        sizes.append(sum(len(f["input_ids"]) for f in features))
-        return collator(features)
-
-    class Clock(TrainerCallback):
-        ends: list[float]  # of each step
-        seconds: float
-
-        def on_step_end(self, args: Any, state: Any, control: Any, **_: Any) -> None:
-            self.ends.append(time.perf_counter())
-            control.should_training_stop = len(self.ends) > 2 and self.ends[-1] - self.ends[0] >= self.seconds
-
-    quiet: dict[str, Any] = {"save_strategy": "no", "report_to": "none", "disable_tqdm": True, "use_cpu": True}
-    settings = TrainingArguments(output_dir=folder, max_steps=1_000_000, **quiet, **arguments)
-    clock = Clock()
-    worker = Trainer(model, settings, data_collator=collate, train_dataset=records(conversations), callbacks=[clock])
-    worker.remove_callback(PrinterCallback)
-
-    def run(seconds: float) -> float:
-        sizes.clear()
-        clock.ends, clock.seconds = [], seconds
-        worker.train()
-        return sum(sizes[1 : len(clock.ends)]) / (clock.ends[-1] - clock.ends[0])  # batches beyond were fetched ahead
-
-    return run
+    generator = torch.Generator().manual_seed(1)
+    if grouped:
+        indices = get_length_grouped_indices([len(r["input_ids"]) for r in found], size, generator=generator)
+    else:
+        indices = torch.randperm(len(found), generator=generator).tolist()
+    batches = [[found[i] for i in indices[start : start + size]] for start in range(0, len(found) - size + 1, size)]
+    return random.Random(1).sample(batches, len(batches))
 
 
-def same_loss(ours: llama.Model, theirs: Any, conversations: Sequence[Rendered], collator: Any) -> None:
-    """Packed here and padded there, the first conversations must give one loss, in fp32 (Trainer's default)."""
+def same_loss(ours: llama.Model, theirs: Any, conversations: Sequence[Rendered], collate: Collate) -> None:
+    """Packed here, padded or flattened there, the first conversations must give one loss (in fp32, which rounds less)."""
     with torch.no_grad():
         total, count, _ = next_token.loss(ours, pack(conversations[:TRAINER_BATCH], "conversations"))
-        padded = collator(records(conversations[:TRAINER_BATCH]))
-        agree("the loss of 8 conversations", float(total) / count, float(theirs(**padded).loss), LOSS_TOLERANCE)
+        batch = collate(records(conversations[:TRAINER_BATCH]))
+        agree("the loss of 8 conversations", float(total) / count, float(theirs(**batch).loss), LOSS_TOLERANCE)
 
 
 def tuning(
-    shape: Shape, conversations: Sequence[Rendered], collator: Any, precision: Precision, seconds: float
+    shape: Shape, conversations: Sequence[Rendered], pad: Collate, precision: Precision, seconds: float, rounds: int
 ) -> dict[str, Any]:
     """Ragged conversations: our packed step beside Trainer, in tokens that are no padding."""
+    from transformers import DataCollatorWithFlattening
 
-    def twins() -> tuple[llama.Model, Any]:
-        ours = our_model(shape.config)
-        return ours, their_model(shape.config, ours)
-
-    same_loss(*twins(), conversations, collator)
+    ours = our_model(shape.config)
+    theirs = their_model(shape.config, ours)
+    flatten = DataCollatorWithFlattening()
+    for collate in (pad, flatten):
+        same_loss(ours, theirs, conversations, collate)
+    step = our_step(ours, precision)
     lengths = [len(c.ids) for c in conversations]
     large = max(1, round(shape.tokens / statistics.mean(lengths)))
+    found = records(conversations)
     with tempfile.TemporaryDirectory() as folder:
 
-        def peer(**arguments: Any) -> Round:
-            return trainer(twins()[1], conversations, collator, folder, **arguments)
-
-        def us(draw: Draw) -> Round:
-            return packed(twins()[0], conversations, precision, draw)
+        def peer(size: int, grouped: bool, collate: Collate = pad) -> Round:
+            model = their_model(shape.config, ours)
+            return trainer(model, batches_of(found, size, grouped), collate, folder, bf16=precision == "bf16")
 
         contenders: dict[str, Round] = {
-            "Trainer, defaults (fp32, 8 a step)": peer(),
-            "Trainer, bf16": peer(bf16=True),
-            f"Trainer, bf16, {large} a step, grouped by length": peer(
-                bf16=True, per_device_train_batch_size=large, train_sampling_strategy="group_by_length"
-            ),
-            f"athanor, {precision}, 8 a step": us(eight),
-            f"athanor, {precision}, {shape.tokens} tokens a step": us(partial(filled, shape.tokens)),
+            f"Trainer, its batch of {TRAINER_BATCH}": peer(TRAINER_BATCH, grouped=False),
+            f"Trainer, {TRAINER_BATCH} grouped by length": peer(TRAINER_BATCH, grouped=True),
+            f"Trainer, {TRAINER_BATCH} flattened": peer(TRAINER_BATCH, grouped=False, collate=flatten),
+            f"athanor, {TRAINER_BATCH} a step": packed(step, conversations, eight),
         }
-        rates = take_turns(contenders, seconds)
+        if large >= 2 * TRAINER_BATCH:
+            contenders[f"Trainer, {large} grouped by length"] = peer(large, grouped=True)
+            contenders[f"athanor, {shape.tokens} tokens a step"] = packed(step, conversations, partial(filled, shape.tokens))
+        rates = take_turns(contenders, seconds, rounds)
     first, *_ = rates
+    best = max((name for name in rates if name.startswith("Trainer")), key=lambda name: statistics.median(rates[name]))
     shuffled = random.Random(1).sample(lengths, len(lengths))
     eights = [shuffled[i : i + TRAINER_BATCH] for i in range(0, len(shuffled), TRAINER_BATCH)]
     return {
@@ -124,20 +107,20 @@ def tuning(
         "padding_of_eight": 1 - sum(lengths) / sum(max(e) * len(e) for e in eights),
         "tokens_per_second": rates,
         "ratio": {name: ratio(rates[name], rates[first]) for name in rates},
+        "best_peer": best,
+        "ratio_to_best": {name: ratio(rates[name], rates[best]) for name in rates},
         "wanted": WANTED,
     }
 
 
-def tuning_sets(shape: Shape, precision: Precision, seconds: float) -> dict[str, Any]:
-    """`tuning` on skills and on the ragged mix."""
+def tuning_sets(shape: Shape, precision: Precision, seconds: float, rounds: int) -> dict[str, Any]:
+    """`tuning` on the ragged mix, and on skills where the shape has them."""
     from transformers import AutoTokenizer, DataCollatorForSeq2Seq
 
-    tokenizer = small_tokenizer(shape.config.vocab_size)
+    tokenizer = small_tokenizer(shape.config.vocab_size if shape.skills else 512)  # without skills it only pads
     with tempfile.TemporaryDirectory() as folder:
         tokenizer.save(Path(folder))
-        collator = DataCollatorForSeq2Seq(AutoTokenizer.from_pretrained(folder))
-    sets = {
-        "skills": skills(tokenizer, shape.conversations),
-        "ragged, 16..400 tokens": ragged(shape.config.vocab_size, shape.conversations),
-    }
-    return {name: tuning(shape, data, collator, precision, seconds) for name, data in sets.items()}
+        pad = DataCollatorForSeq2Seq(AutoTokenizer.from_pretrained(folder))
+    sets = {"skills": skills(tokenizer, shape.conversations)} if shape.skills else {}
+    sets["ragged, 16..400 tokens"] = ragged(shape.config.vocab_size, shape.conversations)
+    return {name: tuning(shape, data, pad, precision, seconds, rounds) for name, data in sets.items()}

@@ -7,7 +7,7 @@ import json
 import os
 import subprocess
 import sys
-from dataclasses import asdict
+from dataclasses import replace
 from itertools import cycle
 from pathlib import Path
 from types import SimpleNamespace
@@ -28,7 +28,7 @@ SCRIPT = Path(__file__).parents[2] / "bench" / "train.py"
 @pytest.fixture(scope="module")
 def bench():
     """The script and its parts; they are no installed modules."""
-    parts = ("rounds", "sides", "conversations", "pretraining", "tuning")
+    parts = ("rounds", "sides", "trainer", "conversations", "pretraining", "footprint", "tuning")
     names = {"train": "train"} | {part: f"training.{part}" for part in parts}
     with pytest.MonkeyPatch.context() as patch:
         patch.syspath_prepend(str(SCRIPT.parent))
@@ -40,34 +40,47 @@ def bench():
 @pytest.mark.slow
 def test_the_tiny_shape_from_end_to_end(tmp_path):
     out = tmp_path / "train.json"
-    command = [sys.executable, str(SCRIPT), "--shapes", "tiny", "--seconds", "0.01", "--json", str(out)]
+    options = ["--shapes", "tiny", "--seconds", "0.01", "--rounds", "2", "--json", str(out)]
+    command = [sys.executable, str(SCRIPT), *options]
     done = subprocess.run(command, capture_output=True, text=True, env=os.environ | {"PYTHONPATH": os.pathsep.join(sys.path)})
     assert done.returncode == 0, done.stderr
     found = json.loads(out.read_text())
     assert found["machine"]["threads"] >= 1
     assert found["machine"]["transformers"]
+    memory = found["memory"]["tiny"]
+    assert memory["bytes"].keys() == {"athanor", "Trainer"}
+    assert memory["ratio"] == memory["bytes"]["athanor"] / memory["bytes"]["Trainer"] > 0
     pretraining = found["pretraining"]["tiny"]
     assert pretraining["tokens_per_step"] == 256
-    assert pretraining["memory"].keys() == {"athanor", "transformers"}
+    assert pretraining["tokens_per_second"].keys() == {"athanor", "Trainer, bf16"}
     assert pretraining["loss"]["athanor"] == pytest.approx(pretraining["loss"]["transformers"], abs=1e-3)
     sets = found["tuning"]["tiny"]
     assert sets.keys() == {"skills", "ragged, 16..400 tokens"}
     for r in (pretraining, *sets.values()):
         for side, rates in r["tokens_per_second"].items():
-            assert len(rates) == found["rounds"], side
+            assert len(rates) == 2, side
             assert all(rate > 0 for rate in rates), side
             assert side in done.stdout
     for r in sets.values():
         assert 16 <= r["mean_length"] <= 400
         assert 0 < r["padding_of_eight"] < 1
-        assert [v for k, v in r["ratio"].items() if "defaults" in k] == [1.0]
+        assert r["ratio"]["Trainer, its batch of 8"] == 1.0
+        assert r["ratio_to_best"][r["best_peer"]] == 1.0
+
+
+@pytest.mark.slow
+def test_compiled_contenders_are_added_where_asked(bench):
+    r = bench.pretraining.pretraining(bench.train.SHAPES["tiny"], "fp32", 0.01, 1, compiled=True)
+    assert r["first_step_seconds"].keys() == {"athanor, compiled", "Trainer, bf16, torch_compile"}
+    assert r["first_step_seconds"].keys() < r["tokens_per_second"].keys()
+    assert all(seconds > 0 for seconds in r["first_step_seconds"].values())
 
 
 def test_different_weights_are_no_comparison(bench, monkeypatch):
     theirs = bench.sides.their_model
     monkeypatch.setattr(bench.pretraining, "their_model", lambda config, ours: theirs(config))
     with pytest.raises(VerificationError, match=r"the loss of the first step is \d.* here and \d.* in transformers"):
-        bench.pretraining.pretraining(bench.train.SHAPES["tiny"], "fp32", 0.01)
+        bench.pretraining.pretraining(bench.train.SHAPES["tiny"], "fp32", 0.01, 1, compiled=False)
 
 
 def test_one_mask_wrong_is_no_comparison(bench):
@@ -94,6 +107,52 @@ def test_one_mask_wrong_is_no_comparison(bench):
         bench.tuning.same_loss(ours, theirs, conversations, lambda _: collator(bench.conversations.records(everything)))
 
 
+def test_flattened_sequences_do_not_see_each_other_and_must_not(bench):
+    """transformers' loss of flattened conversations is ours; without their positions it is another and is refused."""
+    from transformers import DataCollatorWithFlattening
+
+    config = bench.train.SHAPES["tiny"].config
+    ours = bench.sides.our_model(config)
+    theirs = bench.sides.their_model(config, ours)
+    conversations = bench.conversations.ragged(config.vocab_size, 8)
+    bench.tuning.same_loss(ours, theirs, conversations, DataCollatorWithFlattening())
+    blind = DataCollatorWithFlattening(return_position_ids=False)
+    with pytest.raises(VerificationError, match="the loss of 8 conversations"):
+        bench.tuning.same_loss(ours, theirs, conversations, blind)
+
+
+def test_trainers_batches_are_whole_and_of_its_own_grouping(bench):
+    found = bench.conversations.records(bench.conversations.ragged(512, 100))
+    spread = {}
+    for grouped in (False, True):
+        batches = bench.tuning.batches_of(found, 8, grouped)
+        assert [len(b) for b in batches] == [8] * 12
+        assert len({id(r) for b in batches for r in b}) == 96
+        sizes = [[len(r["input_ids"]) for r in b] for b in batches]
+        spread[grouped] = sum(max(s) - min(s) for s in sizes)
+        assert sizes != sorted(sizes, key=max, reverse=True)
+    assert spread[True] < spread[False] / 2
+
+
+def test_rounds_of_trainer_go_on_where_the_last_one_ended(bench, tmp_path):
+    config = bench.train.SHAPES["tiny"].config
+    batches = [[{"input_ids": [i] * (i + 2), "labels": [i] * (i + 2)}] for i in range(40)]
+    seen = []
+
+    def collate(features):
+        seen.append(features[0]["input_ids"][0])
+        return bench.trainer.by_position(features)
+
+    firsts = []
+    run = bench.trainer.trainer(bench.sides.their_model(config), batches, collate, str(tmp_path), firsts=firsts)
+    assert run(0.0) > 0
+    assert seen[:3] == [0, 1, 2]
+    seen.clear()
+    assert run(0.0) > 0
+    assert seen[:3] == [3, 4, 5]
+    assert len(firsts) == 2
+
+
 def test_nan_agrees_with_nothing(bench):
     bench.sides.agree("x", 1.0, 1.0005, 1e-3)
     for value in (1.002, float("nan")):
@@ -104,9 +163,9 @@ def test_nan_agrees_with_nothing(bench):
 def test_turns_are_taken_forwards_and_backwards(bench):
     seen = []
     contenders = {name: lambda seconds, name=name: seen.append((name, seconds)) or len(seen) for name in "ab"}
-    rates = bench.rounds.take_turns(contenders, 5.0)
+    rates = bench.rounds.take_turns(contenders, 10.0, 5)
     assert "".join(name for name, _ in seen) == "abbaabbaab"
-    assert {seconds for _, seconds in seen} == {5.0 / bench.rounds.ROUNDS}
+    assert {seconds for _, seconds in seen} == {2.0}
     assert rates == {"a": [1, 4, 5, 8, 9], "b": [2, 3, 6, 7, 10]}
 
 
@@ -135,16 +194,34 @@ def test_the_12m_shape_has_12_6_million_parameters(bench):
         assert llama.Model(bench.train.SHAPES["12m"].config).n_parameters() == 12_587_264
 
 
+def test_the_124m_shape_has_124_3_million_parameters(bench):
+    shape = bench.train.SHAPES["124m"]
+    with torch.device("meta"):
+        assert llama.Model(shape.config).n_parameters() == 124_275_456
+    assert shape.config.vocab_size == bench.footprint.VOCABULARY
+
+
 def test_the_life_shape_is_the_recipes_default(bench):
     default, shape = pretrain.Config(Path()), bench.train.SHAPES["life"]
-    fields = asdict(shape.config)
-    assert {k: fields[k] for k in asdict(default.shape)} == asdict(default.shape)
+    assert default.arch == "llama"
+    assert shape.config == replace(llama.Config(shape.config.vocab_size), **default.shape)
     assert (shape.length, shape.tokens) == (default.context, default.batch_tokens)
 
 
-def test_no_time_is_an_error(bench, capsys):
-    assert bench.train.main(["--seconds", "0"]) == 1
-    assert "--seconds (0) must be above 0: 5 is usual" in capsys.readouterr().err
+@pytest.mark.parametrize(
+    ("argv", "told"),
+    [
+        (["--seconds", "0"], "--seconds (0) must be above 0: 5 is usual"),
+        (["--rounds", "0"], "--rounds (0) must be above 0: 5 is usual"),
+        (
+            ["--compiled", "--parts", "tuning", "memory"],
+            "--compiled is about pretraining, and --parts has only tuning and memory: leave one away",
+        ),
+    ],
+)
+def test_options_that_make_no_sense_are_errors(bench, capsys, argv, told):
+    assert bench.train.main(argv) == 1
+    assert told in capsys.readouterr().err
 
 
 def test_a_missing_peer_is_named(bench, capsys, monkeypatch):

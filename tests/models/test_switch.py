@@ -1,5 +1,6 @@
 """Switch Transformers: what experts have no room for, the losses of routers, and what files are refused; else test_parity.py."""
 
+import inspect
 import re
 from dataclasses import replace
 
@@ -146,8 +147,9 @@ def test_generation_drops_in_the_encoder_alone_as_in_transformers(tmp_path):
     found += [runner.decode(answer[:, i].tolist(), [i, i]) for i in range(1, 13)]
     past, expected = None, []
     memory = theirs.encoder(source)
+    name = "cache" if "cache" in inspect.signature(theirs.forward).parameters else "past_key_values"  # of newer transformers
     for i in range(13):
-        out = theirs(encoder_outputs=memory, decoder_input_ids=answer[:, i : i + 1], past_key_values=past, use_cache=True)
+        out = theirs(encoder_outputs=memory, decoder_input_ids=answer[:, i : i + 1], use_cache=True, **{name: past})
         past = out.past_key_values
         expected.append(out.logits[:, -1])
     assert greatest(torch.stack(found), torch.stack(expected)) <= 1e-5

@@ -4,17 +4,22 @@ import dataclasses
 import os
 import queue
 import traceback
+from functools import cache
 
 import torch
 import torch.distributed as td
 
 from athanor.core import plugins
-from athanor.data.pack import join, select
+from athanor.data.pack import join, pack, select
 from athanor.models import io as models
 from athanor.nn.context import Packed
-from athanor.objectives import next_token
+from athanor.objectives import next_token, seq2seq
+from athanor.objectives._pretraining import choose, generator
 from athanor.optim.build import OptimConfig, build
 from athanor.optim.schedules import warmup_cosine
+from athanor.tokenizer.bpe import Tokenizer
+from athanor.tokenizer.chat import Rendered
+from athanor.train import support
 from athanor.train.parallel.base import ALONE, local
 from athanor.train.parallel.distributed import Distributed
 from athanor.train.parallel.layout import parse
@@ -94,12 +99,60 @@ def single(step):
     return [select(batch, [i]) for batch in ragged(step) for i in range(len(batch.lengths))]
 
 
+TEXTS = (
+    "The athanor keeps one steady heat. It burns for days, through every stage.",
+    "12 + 30 = 42, and 7 < 9.",
+    "def heat(stage):\n    return stage * 1.5\n",
+    "Nothing is lost in it. The furnace stands, the vessel too.",
+    "你好，世界。天地玄黄。",
+    "Heat.",
+    "Is it so? It is!",
+)
+
+
+@cache
+def tokenizer():
+    """With a mask and sentinels; no more ids than tiny presets have."""
+    return Tokenizer.train(TEXTS * 4, 320, noise=24)
+
+
+def _texts(step):
+    """Two micro-batches of texts, in another order at every step, and of pairs of them."""
+    generator = torch.Generator().manual_seed(step)
+    for part in range(2):
+        order = torch.randperm(len(TEXTS), generator=generator).tolist()
+        ids = [[tokenizer().bos_id, *tokenizer().encode(TEXTS[i])[:40], tokenizer().end_id] for i in order]
+        yield pack([Rendered(text, [True] * len(text)) for text in ids], f"step {step} part {part}"), ids
+
+
+def prepared(arch, name, fields=(), options=()):
+    """A tiny model, the loss of an objective and the micro-batches of a step, as recipes make them."""
+    model = models.build(arch, dataclasses.replace(support.small(arch, name), **dict(fields)), seed=1)
+    chosen = choose(name, model, dict(options), tokenizer(), 48)
+
+    def batches(step):
+        out = []
+        for part, (batch, ids) in enumerate(_texts(step)):
+            if name == "seq2seq":
+                batch = seq2seq.pairs(ids, ids[1:] + ids[:1], chosen.vocabulary.start, batch.origin)
+            out.append(chosen.prepare(batch, generator(0, step, part)))
+        return out
+
+    return model, chosen.loss, batches
+
+
 def train(
     strategy, *, arch="llama", steps=50, save=None, optim="adamw", clip=0.5, precision="fp32", lr=2e-3, fields=(),
-    batches=ragged, change=None,
+    batches=ragged, change=None, objective=None, options=(),
 ):  # fmt: skip
-    """Losses, gradient norms and this process's parts of the final weights: [(name, held, tensor)]."""
-    model = models.build(arch, config(arch, **dict(fields)), seed=1)
+    """Losses, gradient norms and this process's parts of the final weights: [(name, held, tensor)].
+
+    With an `objective` and its `options` of batches of texts, prepared alike on every process.
+    """
+    if objective is None:
+        loss, model = next_token.loss, models.build(arch, config(arch, **dict(fields)), seed=1)
+    else:
+        model, loss, batches = prepared(arch, objective, fields, options)
     if change is not None:
         change(model)
     model = strategy.place(model).train()
@@ -108,7 +161,7 @@ def train(
     losses, norms = [], []
     for step in range(steps):
         result = train_step(
-            model, next_token.loss, batches(step), optimizers,
+            model, loss, batches(step), optimizers,
             lr_factor=schedule(step), clip=clip, precision=precision, strategy=strategy,
         )  # fmt: skip
         losses.append(result.loss)

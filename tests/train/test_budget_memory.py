@@ -41,7 +41,7 @@ def measured(setup, family="llama", config=SHAPE):
     """The peak of live tensors of the third real step."""
     with Live() as live:
         model = models.build(family, config, seed=0)
-        if setup.precision == "pure-bf16":
+        if setup.precision == "bf16-pure":
             model.bfloat16()
         if setup.tune != "full":
             attach(model, setup.rank, setup.targets)
@@ -65,7 +65,7 @@ def measured(setup, family="llama", config=SHAPE):
     [
         {},
         {"precision": "bf16"},
-        {"precision": "pure-bf16"},
+        {"precision": "bf16-pure"},
         {"accumulate": 4},
         {"checkpointing": "full", "precision": "bf16"},
         {"checkpointing": "selective", "precision": "bf16"},
@@ -97,7 +97,7 @@ def test_parts_are_what_they_are_called():
     assert found.parts["optimizer"] == pytest.approx(8 * n, rel=0.001) and found.parts["casts"] == 0
     assert need(accumulate=4).parts["gradients"] == pytest.approx(4 * n, rel=0.001)  # of the micro-batches before
     assert need(precision="bf16").parts["casts"] == pytest.approx(2 * n, rel=0.01)
-    half = need(precision="pure-bf16").parts
+    half = need(precision="bf16-pure").parts
     assert half["weights"] == pytest.approx(2 * n, rel=0.001) and half["optimizer"] == pytest.approx(12 * n, rel=0.001)
     assert need(optimizer="sgd").parts["optimizer"] == pytest.approx(4 * n, rel=0.001)
     assert need(optimizer="adafactor").parts["optimizer"] < n
@@ -165,7 +165,7 @@ def test_a_rehearsal_leaves_nothing_behind():
 @pytest.mark.parametrize(
     ("changes", "message"),
     [
-        ({"precision": "bf61"}, "precision ('bf61') must be one of fp32, bf16, pure-bf16; did you mean 'bf16'?"),
+        ({"precision": "bf61"}, "precision ('bf61') must be one of fp32, bf16, bf16-pure; did you mean 'bf16'?"),
         ({"checkpointing": "ful"}, "checkpointing ('ful') must be one of none, selective, full; did you mean 'full'?"),
         ({"optimizer": "adam"}, "optimizer ('adam') must be one of"),
         ({"tune": "qlor"}, "did you mean 'qlora'?"),

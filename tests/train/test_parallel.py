@@ -7,6 +7,7 @@ import torch
 
 from athanor.core.errors import ConfigError
 from athanor.models import io as models
+from athanor.train import support
 from athanor.train.checkpointing import checkpoint
 from athanor.train.compiled import compile_blocks
 from athanor.train.parallel.layout import Layout, parse
@@ -55,27 +56,7 @@ def compare(results, single, clip=0.5):
         assert float((found[name] - weight).abs().max()) <= WEIGHT, name
 
 
-@pytest.mark.parametrize(
-    "layout",
-    [
-        "ddp=2",
-        "fsdp=2",
-        "fsdp=4",
-        "fsdp=2,zero=2",
-        "hsdp=2x2",
-        "tp=2",
-        "pp=2",
-        "pp=4",
-        "pp=2,schedule=gpipe",
-        "pp=2,schedule=interleaved",
-        "pp=2,schedule=zero_bubble",
-        "fsdp=2,tp=2",
-        "tp=2,pp=2",
-        "fsdp=2,pp=2",
-        "ddp=2,tp=2",
-        "ddp=2,pp=2",
-    ],
-)
+@pytest.mark.parametrize("layout", [case.parallel for case in support.LAYOUT_CASES])
 def test_every_layout_is_one_process(crew, alone, layout):
     compare(crew.run(layout, steps=STEPS), alone(steps=STEPS))
 
@@ -91,41 +72,32 @@ def test_checkpointed_is_plain(alone, how):
 
 
 @pytest.mark.filterwarnings("ignore::DeprecationWarning:torch", "ignore::UserWarning:torch", "ignore::FutureWarning:torch")
-def test_compiled_is_plain(alone):
+@pytest.mark.parametrize("case", support.COMPILE_CASES, ids=str)
+def test_compiled_is_plain(alone, case):
     def change(model):
         compile_blocks(model, lambda: None)
 
-    options = {"steps": STEPS, "batches": layouts.even, "fields": (("n_layers", 2),)}
+    options = {"arch": case.architecture, "steps": STEPS, "batches": layouts.even, "fields": (("n_layers", 2),)}
     compare([alone(change=change, **options)], alone(**options))
 
 
-@pytest.mark.parametrize(
-    ("arch", "layout"),
-    [
-        ("gpt2", "tp=2"),
-        ("gpt2", "fsdp=2"),
-        ("qwen3", "fsdp=2,tp=2"),
-        ("gemma", "tp=2,pp=2"),
-        ("phi3", "pp=2"),
-        ("deepseek_v3", "fsdp=2"),
-    ],
-)
-def test_other_families_too(crew, alone, arch, layout):
-    options = {"arch": arch, "steps": 6, "clip": 0.3}
-    compare(crew.run(layout, **options), alone(**options), clip=0.3)
+@pytest.mark.parametrize("case", support.FAMILY_CASES, ids=str)
+def test_other_families_too(crew, alone, case):
+    options = {"arch": case.architecture, "steps": 6, "clip": 0.3}
+    compare(crew.run(case.parallel, **options), alone(**options), clip=0.3)
 
 
-@pytest.mark.parametrize("layout", ["ddp=2", "ddp=2,ep=2", "ddp=4,ep=4", "fsdp=2"])
-def test_mixtures_of_experts(crew, alone, layout):
+@pytest.mark.parametrize("case", support.EXPERT_CASES, ids=str)
+def test_mixtures_of_experts(crew, alone, case):
     """Without the loss that balances experts, which is not a sum over tokens (law L3 says so)."""
-    options = {"arch": "mixtral", "steps": 6, "fields": (("balance_loss", 0.0),)}
-    compare(crew.run(layout, **options), alone(**options))
+    options = {"arch": case.architecture, "steps": 6, "fields": (("balance_loss", 0.0),)}
+    compare(crew.run(case.parallel, **options), alone(**options))
 
 
-@pytest.mark.parametrize("layout", ["fsdp=2", "tp=2", "ddp=2"])
-def test_muon_sees_whole_matrices(crew, alone, layout):
-    options = {"steps": 6, "optim": "muon"}
-    compare(crew.run(layout, **options), alone(**options))
+@pytest.mark.parametrize("case", support.OPTIMIZER_CASES, ids=str)
+def test_every_optimiser_sees_whole_matrices(crew, alone, case):
+    options = {"steps": 6, "optim": case.optimizer}
+    compare(crew.run(case.parallel, **options), alone(**options))
 
 
 def test_untied_output_in_a_pipeline(crew, alone):
@@ -133,10 +105,10 @@ def test_untied_output_in_a_pipeline(crew, alone):
     compare(crew.run("pp=2", **options), alone(**options))
 
 
-@pytest.mark.parametrize("layout", ["ddp=2", "fsdp=2", "tp=2", "pp=2"])
-def test_bfloat16_is_near(crew, alone, layout):
-    options = {"steps": 6, "precision": "bf16"}
-    (losses, *_), results = alone(**options), crew.run(layout, **options)
+@pytest.mark.parametrize("case", support.PRECISION_CASES, ids=str)
+def test_bfloat16_is_near(crew, alone, case):
+    options = {"steps": 6, "precision": case.precision}
+    (losses, *_), results = alone(**options), crew.run(case.parallel, **options)
     assert max(abs(a - b) for a, b in zip(losses, results[0][0], strict=True)) <= 2e-3
 
 

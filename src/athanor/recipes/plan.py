@@ -1,7 +1,6 @@
 """Say what training will need before anything starts: memory, operations, time, cost; or plan a life of some minutes.
 
-    athanor plan llama:llama-3-8b --device h100 --parallel fsdp=8
-    athanor plan --hours 24 --device a100-80gb
+`athanor plan llama:llama-3-8b --device h100 --parallel fsdp=8` plans a model, `athanor plan --hours 24 --device h100` a budget.
 """
 
 from __future__ import annotations
@@ -60,7 +59,7 @@ class Config:
     context: int | None = None
     """Tokens of a row; the model's longest by default, 2048 at most."""
     precision: Numbers = "bf16"
-    """fp32, bf16 (products; weights stay float32), or pure-bf16 (weights too, with float32 masters)."""
+    """fp32, bf16 (products; weights stay float32), or bf16-pure (weights too, with float32 masters)."""
     checkpointing: Checkpointing = "none"
     """Activations that are computed again instead of kept: none, selective or full."""
     optimizer: Name = "adamw"

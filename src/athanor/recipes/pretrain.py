@@ -96,7 +96,7 @@ def _train(config: Config, stage: Stage, rows: int, strategy: Alone) -> None:
         shard = shards.ensure(run / "corpus", tokenizer, needed + config.context)
         kept = shards.ensure(run / "corpus", tokenizer, HELDOUT_TOKENS, corpus.HELDOUT)
     order, quiz = Rows(shard, config.context, config.seed), Rows(kept, config.context, config.seed)
-    names, skill_tokens = _names(config), round(config.batch_tokens * config.skill_share / config.accumulate)
+    skill_tokens = round(config.batch_tokens * config.skill_share / config.accumulate)
 
     def batches(step: int) -> list[Batch]:
         micro = []
@@ -104,7 +104,7 @@ def _train(config: Config, stage: Stage, rows: int, strategy: Alone) -> None:
             i = step * config.accumulate + part
             pieces = [order.batch(i * rows, rows)]
             if skill_tokens:
-                pieces.append(lessons.batch(tokenizer, names, "text", config.seed * 1_000_003 + i, skill_tokens))
+                pieces.append(lessons.batch(tokenizer, _names(config), "text", config.seed * 1_000_003 + i, skill_tokens))
             micro.append(fill(pretraining.prepare(join(pieces), generator(config.seed, step, part))))
         return micro
 
@@ -113,9 +113,8 @@ def _train(config: Config, stage: Stage, rows: int, strategy: Alone) -> None:
     exam = [fill(pretraining.prepare(b, generator(config.seed, i, HELDOUT_TOKENS))) for i, b in enumerate(exam)]
     plain = config.objective == "next_token"
     ratio = kept.report.bytes / kept.report.tokens if plain else None
-    monitor = None
-    if config.detail:
-        monitor = Monitor(model, context=config.context, precision=config.precision, every=config.detail, likelihood=plain)
+    facts: dict[str, Any] = {"context": config.context, "precision": config.precision, "likelihood": plain}
+    monitor = Monitor(model, every=config.detail, **facts) if config.detail else None
     if config.begin is not None:
         continue_from(config.begin, model)
     model, optimizers = ready(model, config, strategy, pretraining.loss, batches(0)[0])
@@ -140,10 +139,8 @@ def _train(config: Config, stage: Stage, rows: int, strategy: Alone) -> None:
     trained = whole(lambda: make()[0], model, optimizers, progress, store, strategy, ema)
     if dist.is_main():
         LM(trained, tokenizer).save(run / "base", parent=None, corpus=corpus_hash)
-        tokens = sum(r.get("tokens", 0) for r in progress.history)
-        stage.finish(
-            parameters=trained.n_parameters(), tokens=tokens, steps=progress.step, curve=progress.history, fit=progress.seconds
-        )
+        figures = {"parameters": trained.n_parameters(), "tokens": sum(r.get("tokens", 0) for r in progress.history)}
+        stage.finish(steps=progress.step, curve=progress.history, fit=progress.seconds, **figures)
     store.clear()
 
 

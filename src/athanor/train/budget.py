@@ -116,8 +116,8 @@ def of(name: str, model: LanguageModel, terms: Terms, setup: Setup, *, others: b
     if terms.flops is not None:
         raise ConfigError(f"flops ({terms.flops:g}) is a budget to find a model for: leave the model out, or give tokens instead")
     setup = replace(setup, fused=terms.device.kind != "cpu")
-    if setup.precision == "pure-bf16" and not terms.device.bf16:
-        raise ConfigError(f"precision ('pure-bf16') needs a device with bfloat16, and {terms.device.name} has none: use fp32")
+    if setup.precision == "bf16-pure" and not terms.device.bf16:
+        raise ConfigError(f"precision ('bf16-pure') needs a device with bfloat16, and {terms.device.name} has none: use fp32")
     need = predict(model, setup)
     memory = terms.memory or terms.device.memory
     parameters = model.n_parameters()
@@ -181,7 +181,7 @@ def best(terms: Terms, setup: Setup, vocab_size: int) -> Found:
         conditions.append(lambda model: TOKENS_PER_PARAMETER * model.n_parameters() <= (terms.tokens or 0))
     memory = terms.memory or terms.device.memory
     way = replace(setup, fused=terms.device.kind != "cpu")
-    layout, size = setup.layout, 2 if setup.precision == "pure-bf16" else 4
+    layout, size = setup.layout, 2 if setup.precision == "bf16-pure" else 4
     spread = layout.fsdp * layout.tp * layout.pp
     if setup.tune != "qlora":  # quick to ask: the weights alone
         conditions.append(lambda model: model.n_parameters() * size / spread <= memory)

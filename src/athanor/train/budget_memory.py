@@ -37,14 +37,14 @@ from athanor.train.parallel.layout import Layout
 from athanor.train.step import Objective, train_step
 from athanor.types import Batch
 
-Numbers = Literal["fp32", "bf16", "pure-bf16"]
+Numbers = Literal["fp32", "bf16", "bf16-pure"]
 Checkpointing = Literal["none", "selective", "full"]
 Tuning = Literal["full", "lora", "qlora"]
 # Of 4-bit NormalFloat in blocks of 64 with scales quantised once more (Dettmers et al. 2023, section 3): 4 + 0.127 bits a weight.
 NF4 = 0.5 + 0.127 / 8
 # Of a process on a CPU beside its tensors, measured (bench/memory.py): what kernels and the allocator keep however small a model
 # is, and holes in glibc's heap as large as the short-lived tensors of a block: bytes for each of tokens x width.
-SCRATCH, HOLES = 60_000_000, 135
+SCRATCH, HOLES = 60_000_000, 155
 
 
 def resident(tensors: int, tokens: int, width: int, held: int = 0) -> int:
@@ -65,7 +65,7 @@ class Setup:
     batch_tokens   tokens of one update, on all processes together
     accumulate     micro-batches that an update is split into
     context        tokens of a row
-    precision      fp32; bf16 products over fp32 weights (autocast); pure-bf16: weights too, with fp32 masters in the optimiser
+    precision      fp32; bf16 products over fp32 weights (autocast); bf16-pure: weights too, with fp32 masters in the optimiser
     checkpointing  what of a block is computed again in the backward pass: none, full (all), selective (all but products)
     optimizer      adamw, muon, sgd or adafactor
     tune           full; lora and qlora train two small matrices beside each target
@@ -187,7 +187,7 @@ def rehearse(model: LanguageModel, setup: Setup, objective: Objective) -> tuple[
     """The peak of an update that is not the first, of one process, and how many parameters are trained."""
     ids = torch.zeros(setup.rows * setup.context, dtype=torch.int64)
     batch = Batch(ids, ids, torch.full((setup.rows,), setup.context), origin="rehearsal")
-    store = torch.bfloat16 if setup.precision == "pure-bf16" or setup.tune == "qlora" else torch.float32
+    store = torch.bfloat16 if setup.precision == "bf16-pure" or setup.tune == "qlora" else torch.float32
     with rehearsing(setup.fused) as live:
         twin = shadow(model, live, lambda p: store if p.is_floating_point() else p.dtype)
         if setup.tune != "full":
@@ -314,7 +314,7 @@ def divided(blocks: Sequence[Block], model: LanguageModel, setup: Setup) -> dict
         return b.size
 
     parts = {part: round(sum(size(b) for b in blocks if b.part == part)) for part in PARTS}
-    width = 2 if setup.precision == "pure-bf16" else 4
+    width = 2 if setup.precision == "bf16-pure" else 4
     layers = max(1, model.config.n_layers)
     if layout.fsdp > 1:
         gathered = within / layout.tp / layout.pp if layout.zero == 2 else 2 * within / layers / layout.tp

@@ -5,7 +5,7 @@ from __future__ import annotations
 import sys
 import time
 from collections.abc import Callable, Sequence
-from contextlib import nullcontext
+from contextlib import closing, nullcontext
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -136,69 +136,72 @@ def fit(
         assert store is not None
         store.save(progress, model, optimizers, strategy=strategy, extra_tensors=parts.tensors(), extra=parts.state())
 
+    def learn(step: int) -> dict[str, Any] | None:
+        """One step; its record, or None where the run went back to a checkpoint."""
+        start = time.perf_counter()
+        rng = rng_state() if store is not None else {}
+        micro = batches(step + parts.guard.shift)
+        ready = time.perf_counter()
+        scale = 1.0 if parts.scale is None else parts.scale.scale
+        try:
+            result = gradients(model, objective, micro, optimizers, precision=precision, strategy=strategy, scale=scale)
+        except NonFiniteLossError as error:
+            if parts.scale is None:
+                where = _keep(store, step + 1, micro, rng, str(error))
+                raise NonFiniteLossError(f"step {step + 1}: {error}; {where}") from error
+            parts.scale.update(False)  # the step is lost, and counted: schedule and data go on
+            return {"step": step + 1, "overflow": True, "loss_scale": parts.scale.scale}
+        verdict = parts.guard.judge(step, result.loss, result.grad_norm, saved_step)
+        if verdict == "rollback":
+            return None
+        factor = schedule(step)
+        if monitor is not None:
+            monitor.before_update(step + 1)
+        if verdict == "none":
+            apply(optimizers, grad_norm=result.grad_norm, clip=clip, lr_factor=factor)
+            if ema is not None:
+                ema.update(model)
+            if monitor is not None:
+                monitor.after_update(step + 1)
+        now = time.perf_counter()
+        tokens = sum(batch.ids.numel() for batch in micro)
+        record: dict[str, Any] = {"step": step + 1, "loss": result.loss}
+        for hook in hooks:
+            if (step + 1) % hook.every == 0 or step + 1 == steps:
+                record |= hook.fn(step + 1)
+        strategy.count(model)
+        record |= {
+            **result.metrics,
+            **after_step(model),
+            "grad_norm": result.grad_norm,
+            "lr": factor * optimizers[0].param_groups[0]["base_lr"],
+            "targets": result.count,
+            "tokens": tokens,
+            "tokens_per_second": tokens / (now - ready),
+            "batch_seconds": ready - start,
+            **parts.guard.record(),
+        }
+        if parts.scale is not None:
+            parts.scale.update(True)
+            record["loss_scale"] = parts.scale.scale
+        if monitor is not None:
+            record |= monitor.record(result.loss, micro, seconds=now - start, waited=ready - start)
+        return record
+
     progress = Progress() if store is None else restore(True)
     saved_step = progress.step or None
     if monitor is not None:
         monitor.begin(model, strategy)
     model.train()
     began = saved = time.perf_counter()
-    before = progress.seconds
-    why = ""
-    with interruptible() if store is not None else nullcontext() as interrupt:
+    before, why = progress.seconds, ""
+    with interruptible() if store is not None else nullcontext() as interrupt, closing(store) if store else nullcontext():
         while progress.step < steps and not why:
-            step, start = progress.step, time.perf_counter()
-            rng = rng_state() if store is not None else {}
-            micro = batches(step + parts.guard.shift)
-            ready = time.perf_counter()
-            scale = 1.0 if parts.scale is None else parts.scale.scale
-            applied, finite = True, True
-            try:
-                result = gradients(model, objective, micro, optimizers, precision=precision, strategy=strategy, scale=scale)
-            except NonFiniteLossError as error:
-                if parts.scale is None:
-                    where = _keep(store, step + 1, micro, rng, str(error))
-                    raise NonFiniteLossError(f"step {step + 1}: {error}; {where}") from error
-                finite = False
-            if parts.scale is not None and not parts.scale.update(finite):
-                progress.step += 1  # the step is lost, and counted: the schedule and the data go on
-                progress.history.append({"step": progress.step, "overflow": True, "loss_scale": parts.scale.scale})
-                continue
-            verdict = parts.guard.judge(step, result.loss, result.grad_norm, saved_step)
-            if verdict == "rollback":
+            record = learn(progress.step)
+            if record is None:
                 progress = restore(False)
                 continue
-            if monitor is not None:
-                monitor.before_update(step + 1)
-            factor, applied = schedule(step), verdict == "none"
-            if applied:
-                apply(optimizers, grad_norm=result.grad_norm, clip=clip, lr_factor=factor)
-                if ema is not None:
-                    ema.update(model)
-            if monitor is not None:
-                monitor.after_update(step + 1)
-            now = time.perf_counter()
-            tokens = sum(batch.ids.numel() for batch in micro)
-            record: dict[str, Any] = {"step": step + 1, "loss": result.loss}
-            for hook in hooks:
-                if (step + 1) % hook.every == 0 or step + 1 == steps:
-                    record |= hook.fn(step + 1)
-            strategy.count(model)
-            record |= {
-                **result.metrics,
-                **after_step(model),
-                "grad_norm": result.grad_norm,
-                "lr": factor * optimizers[0].param_groups[0]["base_lr"],
-                "targets": result.count,
-                "tokens": tokens,
-                "tokens_per_second": tokens / (now - ready),
-                "batch_seconds": ready - start,
-                **parts.guard.record(),
-            }
-            if parts.scale is not None:
-                record["loss_scale"] = parts.scale.scale
-            if monitor is not None:
-                record |= monitor.record(result.loss, micro, seconds=now - start, waited=ready - start)
-            progress.step = step + 1
+            progress.step = record["step"]
             progress.seconds = before + time.perf_counter() - began
             progress.history.append(record)
             if tracker is not None:
@@ -219,8 +222,6 @@ def fit(
                 raise SystemExit(interrupt.exit_code)
     if early is not None:
         early.finish()
-    if store is not None:
-        store.wait()
     progress.stopped = why
     model.eval()
     return progress

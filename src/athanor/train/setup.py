@@ -19,6 +19,7 @@ from athanor.optim.scale import check_precision
 from athanor.optim.schedules import ScheduleConfig
 from athanor.train.checkpointing import checkpoint
 from athanor.train.compiled import compile_blocks
+from athanor.train.dry import dry_step
 from athanor.train.guard import EarlyStop, Guard, SpikeConfig, StopConfig
 from athanor.train.parallel.base import Alone, Objective
 from athanor.train.parallel.layout import Layout, parse
@@ -131,10 +132,12 @@ def ready(
         model: whole, on its device; changed in place.
         config: precision, dropout, activation checkpointing, compiling, optimiser.
         strategy: of processes.
-        objective, batch: what it is trained for and a batch like those to come, for what is tried before the first step.
+        objective, batch: what it is trained for and a batch as large as any to come, for the step that is tried before the first
+            one; nothing is left of it.
 
     Raises:
         ConfigError: what does not go together, or not with this device.
+        TrainingError: the batch does not fit into memory.
     """
     check_precision(config.precision, model.device)
     if config.precision == "bf16-pure":
@@ -151,6 +154,8 @@ def ready(
         torch.set_rng_state(state)
         model.zero_grad(set_to_none=True)
         print(f"compiled: the first pass took {seconds:.0f} s")
+    elif dist.world_size() == 1:
+        dry_step(model, objective, optimizers, batch, config.precision)
     return model, optimizers
 
 
