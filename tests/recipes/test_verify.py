@@ -13,7 +13,8 @@ from athanor.models import llama
 from athanor.nn import cache
 from athanor.recipes import verify
 
-LAWS = ["L1", "L1", "L2", "L2", "L3", "L3", "L4", "L6", "L7", "L7"]
+LAWS = ["L1", "L1", "L2", "L2", "L3", "L3", "L4", "L5", "L6", "L7", "L7"]
+NOT_ASKED = "it starts processes: ask with --parallel"
 
 
 @pytest.fixture(scope="module")
@@ -33,7 +34,8 @@ def test_a_sound_model(folder, capsys):
     status, out, err = run(capsys, folder)
     assert (status, err) == (0, "")
     assert "The laws of the house on" in out and f"{folder.parent.name}/base" in out
-    assert out.count("holds") == len(LAWS) and "BROKEN" not in out and "skipped" not in out
+    assert out.count("holds") == len(LAWS) - 1 and "BROKEN" not in out
+    assert out.count("skipped") == 1 and "ask with --parallel" in " ".join(out.replace("│", " ").split())
     assert before == {p.name: p.read_bytes() for p in folder.iterdir()}
 
 
@@ -44,10 +46,21 @@ def test_json_for_programs(folder, capsys):
     assert [f["law"] for f in report["findings"]] == LAWS
     for finding in report["findings"]:
         assert finding.keys() == {"law", "compared", "value", "tolerance", "skipped", "passed"}
-        assert finding["passed"] and 0 <= finding["value"] <= finding["tolerance"]
+        if finding["law"] == "L5":
+            assert finding["passed"] and finding["skipped"] == NOT_ASKED
+        else:
+            assert finding["passed"] and 0 <= finding["value"] <= finding["tolerance"]
     by_law = {f["law"]: f for f in report["findings"]}
     assert "transformers" in by_law["L7"]["compared"]
     assert by_law["L4"]["tolerance"] == 0
+
+
+def test_several_processes_are_started_when_asked_for(folder, capsys):
+    status, out, err = run(capsys, folder, "--parallel", "--json")
+    assert status == 0, err
+    findings = [f for f in json.loads(out)["findings"] if f["law"] == "L5"]
+    assert [f["compared"].split(" ")[0] for f in findings] == ["ddp=2", "fsdp=2", "tp=2", "pp=2"]
+    assert all(not f["skipped"] and 0 < f["value"] <= f["tolerance"] == 1e-4 for f in findings)
 
 
 def test_a_broken_model_fails_with_a_clear_message(folder, capsys, monkeypatch):
@@ -56,7 +69,7 @@ def test_a_broken_model_fails_with_a_clear_message(folder, capsys, monkeypatch):
     status, out, err = run(capsys, folder)
     assert status == 1
     assert out.count("BROKEN") == 2
-    assert f"{folder} breaks 2 of 10 checks (L2, cached and uncached: log-probabilities of" in err
+    assert f"{folder} breaks 2 of 11 checks (L2, cached and uncached: log-probabilities of" in err
     assert "; L6, rollout and trainer: log-probabilities of" in err and "and at most 0.0001 is allowed" in err
     assert err.endswith("copy it again or reinstall athanor, and report it if that does not help")
     status, out, _ = run(capsys, folder, "--json")
@@ -102,6 +115,7 @@ def test_a_quantised_model_is_not_trained_and_says_so(tiny, tokenizer, tmp_path,
     assert reasons == {
         ("L3", quantised + "it answers and is not trained"),
         ("L4", quantised + "it answers and is not trained"),
+        ("L5", quantised + "it answers and is not trained"),
         ("L7", quantised + "other programs round otherwise"),
     }
     assert all(f["value"] is None for f in findings if f["skipped"])
@@ -121,7 +135,7 @@ def test_findings_that_are_not_numbers_are_told_in_json():
 
 
 def test_the_error_is_of_its_own_kind(folder, monkeypatch):
-    monkeypatch.setattr(verify, "verify", lambda lm: [verify.Finding("L4", "resumed", 3.0)])
+    monkeypatch.setattr(verify, "verify", lambda lm, parallel: [verify.Finding("L4", "resumed", 3.0)])
     with pytest.raises(VerificationError, match=r"breaks 1 of 1 checks \(L4, resumed: 3, and at most 0 is allowed\)"):
         verify.main(verify.Config(folder))
 
@@ -143,6 +157,7 @@ def test_other_families_are_asked_what_can_be_asked_of_them(tmp_path, case, caps
     assert not findings["L3", "packed and separate"]["skipped"]
     if case[0] in ("bert", "t5"):
         assert findings["L6", "rollout and trainer"]["skipped"] == f"the model is of the kind {model.kind!r}"
+        assert findings["L5", "several processes and one"]["skipped"] == f"the model is of the kind {model.kind!r}"
     else:
         assert findings["L2", "cached and uncached"]["skipped"] == "the model has no tokenizer"
         assert any(f["law"] == "L4" and not f["skipped"] for f in findings.values())
@@ -155,8 +170,8 @@ def test_a_model_with_a_tokenizer_of_its_own(tmp_path, capsys):
     status, out, err = run(capsys, tmp_path / "theirs", "--json")
     assert status == 0, err
     findings = json.loads(out)["findings"]
-    assert [f["law"] for f in findings] == ["L1", "L2", "L2", "L3", "L3", "L4", "L6", "L7", "L7"]
-    assert [f["law"] for f in findings if f["skipped"]] == ["L1"]
+    assert [f["law"] for f in findings] == ["L1", "L2", "L2", "L3", "L3", "L4", "L5", "L6", "L7", "L7"]
+    assert [f["law"] for f in findings if f["skipped"]] == ["L1", "L5"]
 
 
 def test_a_wrong_packing_of_an_encoder_is_found(tmp_path, capsys, monkeypatch):

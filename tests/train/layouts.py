@@ -29,6 +29,7 @@ from athanor.train.step import train_step
 from athanor.types import IGNORE, Batch
 
 VOCAB = 160
+LOSS, WEIGHT = 1e-5, 1e-4  # largest distances of mean losses and of weights
 
 
 def config(arch="llama", **fields):
@@ -271,5 +272,31 @@ class Crew:
             process.kill()
 
 
-def alone(**options):
-    return train(ALONE, **options)
+class Alone:
+    """Runs of one plain process, by their options; each computed once."""
+
+    def __init__(self):
+        self.known = {}
+
+    def __call__(self, **options):
+        key = tuple(sorted((k, str(v)) for k, v in options.items()))
+        if key not in self.known:
+            threads = torch.get_num_threads()
+            torch.set_num_threads(1)
+            self.known[key] = train(ALONE, **options)
+            torch.set_num_threads(threads)
+        return self.known[key]
+
+
+def compare(results, single, clip=0.5):
+    """Assert that several processes gave what one gave: losses, norms, weights."""
+    losses, norms, parts = single
+    assert min(norms) > clip, "clipping is not active, so a wrong norm would go unseen"
+    for theirs, their_norms, _ in results:
+        assert theirs == results[0][0]  # all processes say the same
+        assert max(abs(a - b) for a, b in zip(losses, theirs, strict=True)) <= LOSS
+        assert max(abs(a - b) / a for a, b in zip(norms[:5], their_norms[:5], strict=True)) <= 1e-5
+    expected, found = whole([parts]), whole([parts for *_, parts in results])
+    assert found.keys() == expected.keys()
+    for name, weight in expected.items():
+        assert float((found[name] - weight).abs().max()) <= WEIGHT, name

@@ -58,3 +58,29 @@ def test_one_bit_of_one_weight_is_seen(model, batches, tmp_path, monkeypatch):
 
     monkeypatch.setattr(StateStore, "resume", almost)
     assert not laws.resumed_is_uninterrupted(model, batches, tmp_path).passed
+
+
+def test_processes_that_learn_otherwise_are_seen_and_refused_layouts_skipped(tiny, ragged, tmp_path, monkeypatch):
+    """The fault is in this process: what others start does not know of it."""
+    true_loss = next_token.loss
+
+    def less(model, batch):
+        total, count, metrics = true_loss(model, batch)
+        return total, count + 1, metrics
+
+    monkeypatch.setattr(next_token, "loss", less)
+    monkeypatch.setattr(laws, "LAYOUTS", ("tp=2", "ddp=2", "fsdp=2"))
+    shape = {"n_heads": 3, "n_kv_heads": 3, "d_model": 24}
+    model = tiny(**shape)
+    skipped, *broken = laws.parallel_is_single(model, ragged(9, 4, 12, seed=1), tmp_path)
+    assert skipped.skipped == "tp (2) must divide n_heads (3) and n_kv_heads (3)" and skipped.value is None
+    assert all(not f.passed and 1e-4 < f.value < 1 and f.law == "L5" for f in broken)
+    assert all(torch.equal(p, q) for p, q in zip(model.parameters(), tiny(**shape).parameters(), strict=True))
+
+
+def test_a_layout_whose_processes_stop_is_broken_and_says_why(model, ragged, tmp_path, monkeypatch):
+    monkeypatch.setattr(laws, "LAYOUTS", ("ddp=2", "fsdp=2"))
+    findings = laws.parallel_is_single(model, ragged(9), tmp_path)
+    assert [f.value for f in findings] == [torch.inf] * 2 and not any(f.passed for f in findings)
+    assert "has 1 sequences with a target and must have one for each of the 2 ranks" in findings[0].compared
+    assert findings[1].compared.endswith("not reached")

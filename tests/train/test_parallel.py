@@ -3,7 +3,6 @@
 from functools import partial
 
 import pytest
-import torch
 
 from athanor.core.errors import ConfigError
 from athanor.models import io as models
@@ -13,9 +12,9 @@ from athanor.train.compiled import compile_blocks
 from athanor.train.parallel.layout import Layout, parse
 from athanor.train.parallel.support import reason
 from tests.train import layouts
+from tests.train.layouts import compare
 
 STEPS = 50
-LOSS, WEIGHT = 1e-5, 1e-4
 
 
 @pytest.fixture(scope="module")
@@ -29,31 +28,7 @@ def crew(tmp_path_factory):
 @pytest.fixture(scope="module")
 def alone():
     """One plain process, by its options; computed once."""
-    known = {}
-
-    def run(**options):
-        key = tuple(sorted((k, str(v)) for k, v in options.items()))
-        if key not in known:
-            threads = torch.get_num_threads()
-            torch.set_num_threads(1)
-            known[key] = layouts.alone(**options)
-            torch.set_num_threads(threads)
-        return known[key]
-
-    return run
-
-
-def compare(results, single, clip=0.5):
-    losses, norms, parts = single
-    assert min(norms) > clip, "clipping is not active, so a wrong norm would go unseen"
-    for theirs, their_norms, _ in results:
-        assert theirs == results[0][0]  # all processes say the same
-        assert max(abs(a - b) for a, b in zip(losses, theirs, strict=True)) <= LOSS
-        assert max(abs(a - b) / a for a, b in zip(norms[:5], their_norms[:5], strict=True)) <= 1e-5
-    expected, found = layouts.whole([parts]), layouts.whole([parts for *_, parts in results])
-    assert found.keys() == expected.keys()
-    for name, weight in expected.items():
-        assert float((found[name] - weight).abs().max()) <= WEIGHT, name
+    return layouts.Alone()
 
 
 @pytest.mark.parametrize("layout", [case.parallel for case in support.LAYOUT_CASES])

@@ -37,6 +37,8 @@ class Adafactor(torch.optim.Optimizer):
         relative: whether steps are relative to the size of the weights.
     """
 
+    whole_state = ("row", "column", "variance")  # of the whole parameter, on every process: for those who write checkpoints
+
     def __init__(
         self,
         parameters: Iterable[Tensor] | Iterable[dict[str, Any]],

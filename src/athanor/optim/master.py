@@ -30,6 +30,7 @@ class Masters(torch.optim.Optimizer):
         super().__init__(groups, self.inner.defaults)
         for p, master in self._pairs():
             self.state[p] = {"master": master.detach()}
+        self.whole_state = getattr(self.inner, "whole_state", ())
 
     def _pairs(self) -> list[tuple[Tensor, Tensor]]:
         groups = zip(self.param_groups, self.inner.param_groups, strict=True)

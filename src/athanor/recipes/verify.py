@@ -2,9 +2,11 @@
 
     athanor verify runs/first
     athanor verify runs/first/int8 --json
+    athanor verify runs/first --parallel
 
-Everything is computed in float32 on small probes, so a model of a few million parameters takes seconds. Training happens on
-copies; the folder is only read. Exit status 1 when a law does not hold.
+Everything is computed in float32 on small probes, so a model of a few million parameters takes seconds, and half a minute where
+several processes are started for law L5. Training happens on copies; the folder is only read. Exit status 1 when a law does not
+hold.
 """
 
 from __future__ import annotations
@@ -36,6 +38,7 @@ from athanor.types import Completion, Finding, Rollout, SamplingParams
 
 POSITIONAL = ("path",)
 LONGEST = 512  # tokens of a probe: longer ones show nothing more, and take memory
+LEARNT = (("L3", "accumulated and whole"), ("L4", "resumed"), ("L5", "several processes and one"))
 ROLLOUT = SamplingParams(temperature=0.7, top_p=0.9, max_tokens=24)
 
 
@@ -47,11 +50,13 @@ class Config:
     """Which checkpoint of a run folder: base, sft, rl, int8, int4 ...; by default the run's own choice."""
     json: bool = False
     """Print the findings as JSON instead of a table."""
+    parallel: bool = False
+    """Start two processes too, and hold what they learn to what one learns (L5)."""
 
 
 def main(config: Config) -> None:
     lm = load(config.path, config.checkpoint)
-    findings = verify(lm)
+    findings = verify(lm, config.parallel)
     failed = [f for f in findings if not f.passed]
     if config.json:
         print(json.dumps({"model": lm.name, "passed": not failed, "findings": [_plain(f) for f in findings]}, indent=1))
@@ -65,8 +70,8 @@ def main(config: Config) -> None:
         )
 
 
-def verify(lm: LM) -> list[Finding]:
-    """All findings on `lm`, in the order of the laws."""
+def verify(lm: LM, parallel: bool = False) -> list[Finding]:
+    """All findings on `lm`, in the order of the laws; on L5 only where it is asked for."""
     quantised = bool(formats.describe(lm.model))
     model = lm.model if next(lm.model.parameters()).dtype == torch.float32 else copy.deepcopy(lm.model).float()
     tokenizer = lm.tokenizer if lm.has_tokenizer else None
@@ -77,12 +82,12 @@ def verify(lm: LM) -> list[Finding]:
     else:
         findings = [Finding("L1", "our ids and those of the saved template", skipped="the tokenizer is not ours")]
     if isinstance(model, CausalLM):
-        findings += _of_decoder(exact, model, probes, quantised)
+        findings += _of_decoder(exact, model, probes, quantised, parallel)
     else:
         reason = f"the model is of the kind {model.kind!r}"
         findings += [Finding("L2", "cached and uncached", skipped=reason)]
         findings += [laws.hidden_packed_is_separate(model, [s.ids for s in probes])]
-        findings += [Finding(law, what, skipped=reason) for law, what in (("L4", "resumed"), ("L6", "rollout and trainer"))]
+        findings += [Finding(law, what, skipped=reason) for law, what in (*LEARNT[1:], ("L6", "rollout and trainer"))]
     with tempfile.TemporaryDirectory() as folder:
         saved = lm.save(Path(folder, "saved"))
         ours, again = laws.outputs(lm.model), laws.outputs(load(saved).model)
@@ -91,7 +96,7 @@ def verify(lm: LM) -> list[Finding]:
     return findings
 
 
-def _of_decoder(lm: LM, model: CausalLM, probes: Sequence[Rendered], quantised: bool) -> list[Finding]:
+def _of_decoder(lm: LM, model: CausalLM, probes: Sequence[Rendered], quantised: bool, parallel: bool) -> list[Finding]:
     """What is asked of a model that can be trained and answers."""
     batches = [pack([s], f"probe {i}") for i, s in enumerate(probes)]
     if lm.has_tokenizer:
@@ -102,10 +107,14 @@ def _of_decoder(lm: LM, model: CausalLM, probes: Sequence[Rendered], quantised: 
     with tempfile.TemporaryDirectory() as folder:
         if quantised:
             reason = "the model is quantised: it answers and is not trained"
-            findings += [Finding(law, what, skipped=reason) for law, what in (("L3", "accumulated and whole"), ("L4", "resumed"))]
+            findings += [Finding(law, what, skipped=reason) for law, what in LEARNT]
         else:
             findings.append(training.accumulated_is_whole(model, batches))
             findings.append(training.resumed_is_uninterrupted(model, batches, Path(folder, "state")))
+            if parallel:
+                findings += training.parallel_is_single(model, join(batches), Path(folder, "parallel"))
+            else:
+                findings.append(Finding(*LEARNT[2], skipped="it starts processes: ask with --parallel"))
     if not lm.has_tokenizer:
         return [*findings, Finding("L6", "rollout and trainer", skipped="the model has no tokenizer")]
     prompts = [s.ids[: lm.config.max_positions // 2] for s in probes[:3]]

@@ -10,7 +10,7 @@ import torch
 
 from athanor.core import config as configs
 from athanor.core import dist
-from athanor.core.device import TrainPrecision
+from athanor.core.device import TrainPrecision, seed_all
 from athanor.core.errors import ConfigError
 from athanor.models.base import LanguageModel
 from athanor.optim.build import OptimConfig, build
@@ -93,10 +93,10 @@ def layout_of(config: TrainConfig) -> Layout:
         if getattr(config, name) < least:
             raise ConfigError(f"{name} ({getattr(config, name)}) must be at least {least}")
     layout, optim = parse(config.parallel), config.optim
-    if optim.name == "adafactor" and (layout.fsdp > 1 or layout.tp > 1 or layout.ep > 1):
+    if optim.name == "adafactor" and (layout.tp > 1 or layout.ep > 1):
         raise ConfigError(
-            f"optim.name 'adafactor' keeps a row and a column for each matrix, which layout {layout} would cut: use ddp or pp, or"
-            " another optimiser"
+            f"optim.name 'adafactor' keeps a row and a column for each matrix, whose parts layout {layout} reorders: use ddp, fsdp"
+            " or pp, or another optimiser"
         )
     if config.compile and layout.world > 1:
         raise ConfigError(f"compile does not go with several processes (layout {layout}) yet: leave one of them out")
@@ -143,6 +143,7 @@ def ready(
     if config.precision == "bf16-pure":
         model.to(torch.bfloat16)
     if config.dropout:
+        seed_all(config.seed * 1_000_003 + strategy.rank)  # processes with other data drop other numbers
         dropout(model, config.dropout)
     if config.checkpointing != "none":
         checkpoint(model, config.checkpointing)

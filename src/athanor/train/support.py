@@ -159,7 +159,8 @@ def small(architecture: str, objective: str = "next_token") -> Any:
     presets = plugins.require("models", architecture, "PRESETS").PRESETS
     config = next(preset for name, preset in presets.items() if name.startswith("tiny"))
     n = config.n_layers
-    changes = {f.name: v * 2 for f in fields(config) if isinstance(v := getattr(config, f.name), tuple) and len(v) == n}
+    held = {f.name: getattr(config, f.name) for f in fields(config)}
+    changes: dict[str, Any] = {name: v * 2 for name, v in held.items() if isinstance(v, tuple) and len(v) == n}
     if objective == "multi_token" and hasattr(config, "n_ahead"):
         changes["n_ahead"] = 1
     return replace(config, n_layers=2 * n, **changes)
@@ -248,6 +249,7 @@ def _completions(given: Mapping[str, str]) -> list[Case]:
     """Cases that have the given values and are plain else, of all objectives and architectures that fit each other.
 
     Only those where either value alone is not refused, or one of them, as far as there are any: so that the reason is the pair's.
+    Where the pair names neither objective nor architecture, the first of them speaks for all: the plain one if it can.
     """
     free = [(given[axis],) if axis in given else values(axis) for axis in _WHAT]
     cases = [Case(**{**given, "objective": o, "architecture": a}) for o, a in product(*free)]
@@ -256,7 +258,7 @@ def _completions(given: Mapping[str, str]) -> list[Case]:
     fitting = [c for c in cases if not _unfit(c.objective, c.architecture)]
     for few in ([c for c in fitting if all(good[c])], [c for c in fitting if any(good[c])], fitting):
         if few:
-            return few
+            return few if len(without) < len(given) else few[:1]
     return cases
 
 
@@ -277,4 +279,4 @@ def cell(axes: tuple[str, str], pair: tuple[str, str]) -> Cell:
 @cache
 def table() -> tuple[Cell, ...]:
     """What is known of every pair of values of different axes."""
-    return tuple(cell(axes, pair) for axes in combinations(AXES, 2) for pair in product(*map(values, axes)))
+    return tuple(cell((a, b), (x, y)) for a, b in combinations(AXES, 2) for x, y in product(values(a), values(b)))
