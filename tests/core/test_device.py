@@ -108,7 +108,7 @@ def test_autocast_sets_the_type_of_products_only():
     with device.autocast(CPU, "bf16"):
         assert (weight @ weight).dtype == torch.bfloat16
         assert weight.dtype == torch.float32
-    with pytest.raises(ConfigError, match="precision is 'fp64' but must be 'fp32', 'bf16', 'bf16-pure' or 'fp16': choose one of them"):
+    with pytest.raises(ConfigError, match="precision is 'fp64' but must be 'fp32', 'bf16', 'bf16-pure' or 'fp16': choose one"):
         device.autocast(CPU, "fp64")
 
 

@@ -77,7 +77,7 @@ def test_share_deals_out_every_sequence_once(sizes, ranks, data):
         return
     parts = share(batch, ranks)
     assert len(parts) == ranks
-    assert sorted(sum((texts(p) for p in parts), [])) == sorted(texts(batch))
+    assert sorted(text for part in parts for text in texts(part)) == sorted(texts(batch))
     if ranks > 1:
         assert all((p.labels != IGNORE).any() for p in parts)
 

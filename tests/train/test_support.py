@@ -18,8 +18,17 @@ from athanor.train.step import train_step
 from tests.train import layouts
 
 DOCS = Path(__file__).resolve().parents[2] / "docs"
-STEPS = 4
+STEPS = 2
 RATES = {"adamw": 3e-3, "muon": 1e-2, "sgd": 0.3, "adafactor": 1e-2}
+
+
+@pytest.fixture(autouse=True, scope="module")
+def _one_thread():
+    """Models are so small that a second thread only waits."""
+    threads = torch.get_num_threads()
+    torch.set_num_threads(1)
+    yield
+    torch.set_num_threads(threads)
 
 
 @cache
@@ -30,7 +39,7 @@ def losses(case):
     config = support.config_of(case)
     config = replace(config, optim=replace(config.optim, lr=RATES[case.optimizer]))
     layout_of(config)
-    batch = batches(0)
+    batch = batches(0)[:1]
     model, optimizers = ready(model, config, ALONE, loss, batch[0])
     torch.manual_seed(0)
     step = [train_step(model, loss, batch, optimizers, lr_factor=1.0, clip=1.0, precision=case.precision) for _ in range(STEPS)]

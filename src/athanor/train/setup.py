@@ -95,8 +95,8 @@ def layout_of(config: TrainConfig) -> Layout:
     layout, optim = parse(config.parallel), config.optim
     if optim.name == "adafactor" and (layout.tp > 1 or layout.ep > 1):
         raise ConfigError(
-            f"optim.name 'adafactor' keeps a row and a column for each matrix, whose parts layout {layout} reorders: use ddp, fsdp"
-            " or pp, or another optimiser"
+            f"optim.name 'adafactor' keeps a row and a column for each matrix, whose parts layout {layout} reorders: use ddp,"
+            " fsdp or pp, or another optimiser"
         )
     if config.compile and layout.world > 1:
         raise ConfigError(f"compile does not go with several processes (layout {layout}) yet: leave one of them out")
