@@ -15,6 +15,7 @@ import argparse
 import importlib.util
 import statistics
 import sys
+import time
 from collections.abc import Mapping, Sequence
 from importlib import metadata
 from pathlib import Path
@@ -23,6 +24,7 @@ from typing import Any
 import torch
 from training.footprint import memory
 from training.pretraining import pretraining
+from training.rounds import Timing
 from training.sides import Shape
 from training.tuning import tuning_sets
 
@@ -76,6 +78,9 @@ def arguments(argv: Sequence[str] | None) -> argparse.Namespace:
     parser.add_argument("--shapes", nargs="+", choices=SHAPES, default=["life", "12m"], help="models (default: life 12m)")
     parser.add_argument("--parts", nargs="+", choices=PARTS, default=list(PARTS), help="what is measured (default: all)")
     parser.add_argument("--compiled", action="store_true", help="pre-training: both sides with torch.compile as well")
+    parser.add_argument(
+        "--cpu-time", action="store_true", help="one thread, timed by what it computes: for machines with other work on them"
+    )
     parser.add_argument("--json", type=Path, metavar="PATH", help="also write everything that was measured there")
     options = parser.parse_args(argv)
     if not options.seconds > 0:
@@ -102,11 +107,16 @@ def main(argv: Sequence[str] | None = None) -> int:
 
 def run(options: argparse.Namespace) -> None:
     precision: Precision = "bf16" if supports_bf16(torch.device("cpu")) else "fp32"
+    if options.cpu_time:
+        torch.set_num_threads(1)
+    timing = Timing(options.seconds, options.rounds, time.process_time if options.cpu_time else time.perf_counter)
     facts = machine() | {name: metadata.version(name) for name in PEERS}
     for key, value in facts.items():
         print(f"{key:<14}{value}")
-    print(f"{'precision':<14}{precision}, fused AdamW on both sides, tuned allocator for both", flush=True)
+    print(f"{'precision':<14}{precision}, fused AdamW on both sides, tuned allocator for both")
+    print(f"{'clock':<14}{'CPU time of one thread' if options.cpu_time else 'time on the wall'}", flush=True)
     results: dict[str, Any] = {"machine": facts, "precision": precision, "seconds": options.seconds, "rounds": options.rounds}
+    results["cpu_time"] = options.cpu_time
     results |= {part: {} for part in options.parts}
     if "memory" in options.parts:
         results["memory"] = memory({name: SHAPES[name] for name in options.shapes}, precision)
@@ -119,11 +129,11 @@ def run(options: argparse.Namespace) -> None:
     logging.set_verbosity_error()
     for name in options.shapes:
         if "pretraining" in options.parts:
-            r = pretraining(SHAPES[name], precision, options.seconds, options.rounds, options.compiled)
+            r = pretraining(SHAPES[name], precision, timing, options.compiled)
             results["pretraining"][name] = r
             show_pretraining(name, r)
         if "tuning" in options.parts:
-            results["tuning"][name] = tuning_sets(SHAPES[name], precision, options.seconds, options.rounds)
+            results["tuning"][name] = tuning_sets(SHAPES[name], precision, timing)
             for data, r in results["tuning"][name].items():
                 show_tuning(name, data, r)
         sys.stdout.flush()

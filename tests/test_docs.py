@@ -37,7 +37,11 @@ SOURCE = ROOT / "src" / "athanor"
 README, README_ZH, CONTRIBUTING = ROOT / "README.md", ROOT / "README.zh-CN.md", ROOT / "CONTRIBUTING.md"
 LIFE, LIFE_ZH = ROOT / "docs" / "life.md", ROOT / "docs" / "life.zh-CN.md"
 MODELS, MODELS_ZH = ROOT / "docs" / "models.md", ROOT / "docs" / "models.zh-CN.md"
-PAIRS = [(README, README_ZH), (LIFE, LIFE_ZH), (MODELS, MODELS_ZH)]
+DOCS = ROOT / "docs"
+PAIRS = [
+    (README, README_ZH), (LIFE, LIFE_ZH), (MODELS, MODELS_ZH),
+    *((DOCS / f"{name}.md", DOCS / f"{name}.zh-CN.md") for name in ("training", "support")),
+]  # fmt: skip
 # Decisions and the log are records: what they name may be gone, but their links must work.
 RECORDS = [ROOT / "docs" / "log.md", *sorted((ROOT / "docs" / "adr").glob("*.md"))]
 LIVING = [README, README_ZH, CONTRIBUTING, *(p for p in sorted((ROOT / "docs").glob("*.md")) if p not in RECORDS)]
@@ -201,7 +205,7 @@ def test_the_report_shown_fits_the_schema(page):
 # Two languages.
 
 
-@pytest.mark.parametrize(("page", "other"), PAIRS, ids=["README", "life", "models"])
+@pytest.mark.parametrize(("page", "other"), PAIRS, ids=["README", "life", "models", "training", "support"])
 def test_both_languages_have_the_same_sections_code_and_tables(page, other):
     assert [level for level, _ in headings(page)] == [level for level, _ in headings(other)]
     assert blocks(page) == blocks(other)

@@ -1,4 +1,4 @@
-"""Memory of a training step on both sides, at a vocabulary of one size."""
+"""Memory of a training step on both sides, at a vocabulary of one size and Trainer's default batch."""
 
 from __future__ import annotations
 
@@ -9,6 +9,7 @@ from dataclasses import replace
 from typing import Any
 
 from athanor.core.device import Precision, peak_memory, tune_allocator
+from training.conversations import TRAINER_BATCH
 from training.pretraining import as_batch, as_records, rows
 from training.sides import Shape, our_model, our_step, their_model
 from training.trainer import by_position, worker
@@ -41,16 +42,18 @@ def step_memory(side: str, shape: Shape, precision: Precision) -> int:
 
 
 def memory(shapes: Mapping[str, Shape], precision: Precision) -> dict[str, dict[str, Any]]:
-    """`step_memory` of every shape and side at `VOCABULARY`, each in a process of its own, and ours by theirs.
+    """`step_memory` of every shape and side, each in a process of its own, and ours by theirs.
+
+    All of them with `TRAINER_BATCH` rows and a vocabulary of `VOCABULARY`.
 
     To be called first: Linux starts a new process off with the peak of the one that it came from.
     """
     found: dict[str, dict[str, Any]] = {}
     with multiprocessing.get_context("spawn").Pool(1, maxtasksperchild=1) as pool:
         for name, shape in shapes.items():
-            wide = replace(shape, config=replace(shape.config, vocab_size=VOCABULARY))
+            wide = replace(shape, config=replace(shape.config, vocab_size=VOCABULARY), rows=TRAINER_BATCH)
             needed = {side: pool.apply(step_memory, (side, wide, precision)) for side in SIDES}
             ours, theirs = needed.values()
-            found[name] = {"vocabulary": VOCABULARY, "tokens_per_step": shape.tokens, "bytes": needed}
+            found[name] = {"vocabulary": VOCABULARY, "tokens_per_step": wide.tokens, "bytes": needed}
             found[name] |= {"ratio": ours / theirs, "wanted": WANTED}
     return found

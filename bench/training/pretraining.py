@@ -14,7 +14,7 @@ from athanor.objectives import next_token
 from athanor.train.compiled import compile_blocks
 from athanor.train.step import gradients
 from athanor.types import IGNORE, Batch
-from training.rounds import Round, ratio, repeated, take_turns
+from training.rounds import Round, Timing, ratio, repeated, take_turns
 from training.sides import LOSS_TOLERANCE, Shape, agree, optimizers_of, our_model, our_step, their_model
 from training.trainer import Record, by_position, first_step, trainer
 
@@ -40,7 +40,7 @@ def as_records(ids: Tensor) -> list[Record]:
     return [{"input_ids": row, "labels": row} for row in ids.tolist()]
 
 
-def pretraining(shape: Shape, precision: Precision, seconds: float, rounds: int, compiled: bool) -> dict[str, Any]:
+def pretraining(shape: Shape, precision: Precision, timing: Timing, compiled: bool) -> dict[str, Any]:
     """Packed rows: our step beside Trainer's, and where asked both compiled; ratios are to the plain Trainer."""
     ours = our_model(shape.config)
     theirs = their_model(shape.config, ours)
@@ -57,7 +57,7 @@ def pretraining(shape: Shape, precision: Precision, seconds: float, rounds: int,
         optimizers = optimizers_of(model, precision)
         first = partial(gradients, model, next_token.loss, [batch], optimizers, precision=precision)
         waits["athanor, compiled"] = [compile_blocks(model, first)]
-        return repeated(partial(one, our_step(model, precision)))
+        return repeated(partial(one, our_step(model, precision)), timing.clock)
 
     def one(update: Any) -> int:
         update(batch)
@@ -69,16 +69,17 @@ def pretraining(shape: Shape, precision: Precision, seconds: float, rounds: int,
         agree("the loss of the first step", our_loss, their_loss, LOSS_TOLERANCE)
         agree("the gradient norm of the first step", our_norm, their_norm, NORM_TOLERANCE * their_norm)
         contenders = {
-            "athanor": repeated(partial(one, step)),
-            PEER: trainer(theirs, epoch, by_position, folder, bf16=bf16),
+            "athanor": repeated(partial(one, step), timing.clock),
+            PEER: trainer(theirs, epoch, by_position, folder, timing.clock, bf16=bf16),
         }
         if compiled:
             contenders["athanor, compiled"] = compile_ours()
             waits[f"{PEER}, torch_compile"] = firsts = []
+            peer = their_model(shape.config, ours)
             contenders[f"{PEER}, torch_compile"] = trainer(
-                their_model(shape.config, ours), epoch, by_position, folder, bf16=bf16, torch_compile=True, firsts=firsts
+                peer, epoch, by_position, folder, timing.clock, bf16=bf16, torch_compile=True, firsts=firsts
             )
-        rates = take_turns(contenders, seconds, rounds)
+        rates = take_turns(contenders, timing)
     return {
         "parameters": ours.n_parameters(),
         "row": shape.length,

@@ -5,17 +5,27 @@ from __future__ import annotations
 import statistics
 import time
 from collections.abc import Callable, Mapping, Sequence
+from dataclasses import dataclass
 
 Round = Callable[[float], float]  # seconds at least -> tokens per second
 
 
-def repeated(step: Callable[[], int]) -> Round:
+@dataclass(frozen=True)
+class Timing:
+    """How it is timed: seconds of each contender, at least, in so many rounds, by what clock."""
+
+    seconds: float
+    rounds: int
+    clock: Callable[[], float] = time.perf_counter
+
+
+def repeated(step: Callable[[], int], clock: Callable[[], float]) -> Round:
     """Rounds of a step that returns how many tokens it trained on; the first step of a round is not timed."""
 
     def run(seconds: float) -> float:
         step()
-        tokens, steps, start = 0, 0, time.perf_counter()
-        while (elapsed := time.perf_counter() - start) < seconds or steps < 2:
+        tokens, steps, start = 0, 0, clock()
+        while (elapsed := clock() - start) < seconds or steps < 2:
             tokens += step()
             steps += 1
         return tokens / elapsed
@@ -23,12 +33,12 @@ def repeated(step: Callable[[], int]) -> Round:
     return run
 
 
-def take_turns(contenders: Mapping[str, Round], seconds: float, rounds: int) -> dict[str, list[float]]:
+def take_turns(contenders: Mapping[str, Round], timing: Timing) -> dict[str, list[float]]:
     """Tokens per second of each contender in each round; every other round goes backwards, against drift of the machine."""
     rates: dict[str, list[float]] = {name: [] for name in contenders}
-    for i in range(rounds):
+    for i in range(timing.rounds):
         for name in list(contenders)[:: -1 if i % 2 else 1]:
-            rates[name].append(contenders[name](seconds / rounds))
+            rates[name].append(contenders[name](timing.seconds / timing.rounds))
     return rates
 
 

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import time
 from collections.abc import Callable, Mapping, Sequence
 from typing import Any
 
@@ -63,6 +62,7 @@ def trainer(
     batches: Sequence[Sequence[Record]],
     collate: Collate,
     folder: str,
+    tick: Callable[[], float],
     *,
     firsts: list[float] | None = None,
     **arguments: Any,
@@ -88,7 +88,7 @@ def trainer(
         seconds: float
 
         def on_step_end(self, args: Any, state: Any, control: Any, **_: Any) -> None:
-            self.ends.append(time.perf_counter())
+            self.ends.append(tick())
             control.should_training_stop = len(self.ends) > 2 and self.ends[-1] - self.ends[0] >= self.seconds
 
     clock = Clock()
@@ -102,7 +102,7 @@ def trainer(
         clock.ends, clock.seconds = [], seconds
         turn = done * size % len(records)
         made.train_dataset = records[turn:] + records[:turn]
-        start = time.perf_counter()
+        start = tick()
         made.train()
         if firsts is not None:
             firsts.append(clock.ends[0] - start)

@@ -19,7 +19,7 @@ from athanor.models import llama
 from athanor.objectives import next_token
 from athanor.tokenizer.chat import Rendered
 from training.conversations import TRAINER_BATCH, eight, filled, ragged, records, skills, small_tokenizer
-from training.rounds import Round, ratio, repeated, take_turns
+from training.rounds import Round, Timing, ratio, repeated, take_turns
 from training.sides import LOSS_TOLERANCE, Shape, agree, our_model, our_step, their_model
 from training.trainer import Collate, Record, trainer
 
@@ -29,7 +29,7 @@ Draw = Callable[[Iterator[Rendered]], list[Rendered]]
 Step = Callable[[Any], Any]
 
 
-def packed(step: Step, conversations: Sequence[Rendered], draw: Draw) -> Round:
+def packed(step: Step, conversations: Sequence[Rendered], draw: Draw, clock: Callable[[], float]) -> Round:
     """Our side: `draw` takes the conversations of one step from the endless shuffled order; packing them is timed too."""
     order = cycle(random.Random(1).sample(conversations, len(conversations)))
 
@@ -38,7 +38,7 @@ def packed(step: Step, conversations: Sequence[Rendered], draw: Draw) -> Round:
         step(fill(pack(chosen, "conversations")))
         return sum(len(c.ids) for c in chosen)
 
-    return repeated(one)
+    return repeated(one, clock)
 
 
 def batches_of(found: Sequence[Record], size: int, grouped: bool) -> list[list[Record]]:
@@ -66,9 +66,7 @@ def same_loss(ours: llama.Model, theirs: Any, conversations: Sequence[Rendered],
         agree("the loss of 8 conversations", float(total) / count, float(theirs(**batch).loss), LOSS_TOLERANCE)
 
 
-def tuning(
-    shape: Shape, conversations: Sequence[Rendered], pad: Collate, precision: Precision, seconds: float, rounds: int
-) -> dict[str, Any]:
+def tuning(shape: Shape, conversations: Sequence[Rendered], pad: Collate, precision: Precision, timing: Timing) -> dict[str, Any]:
     """Ragged conversations: our packed step beside Trainer, in tokens that are no padding."""
     from transformers import DataCollatorWithFlattening
 
@@ -83,20 +81,23 @@ def tuning(
     found = records(conversations)
     with tempfile.TemporaryDirectory() as folder:
 
+        def us(draw: Draw) -> Round:
+            return packed(step, conversations, draw, timing.clock)
+
         def peer(size: int, grouped: bool, collate: Collate = pad) -> Round:
             model = their_model(shape.config, ours)
-            return trainer(model, batches_of(found, size, grouped), collate, folder, bf16=precision == "bf16")
+            return trainer(model, batches_of(found, size, grouped), collate, folder, timing.clock, bf16=precision == "bf16")
 
         contenders: dict[str, Round] = {
             f"Trainer, its batch of {TRAINER_BATCH}": peer(TRAINER_BATCH, grouped=False),
             f"Trainer, {TRAINER_BATCH} grouped by length": peer(TRAINER_BATCH, grouped=True),
             f"Trainer, {TRAINER_BATCH} flattened": peer(TRAINER_BATCH, grouped=False, collate=flatten),
-            f"athanor, {TRAINER_BATCH} a step": packed(step, conversations, eight),
+            f"athanor, {TRAINER_BATCH} a step": us(eight),
         }
         if large >= 2 * TRAINER_BATCH:
             contenders[f"Trainer, {large} grouped by length"] = peer(large, grouped=True)
-            contenders[f"athanor, {shape.tokens} tokens a step"] = packed(step, conversations, partial(filled, shape.tokens))
-        rates = take_turns(contenders, seconds, rounds)
+            contenders[f"athanor, {shape.tokens} tokens a step"] = us(partial(filled, shape.tokens))
+        rates = take_turns(contenders, timing)
     first, *_ = rates
     best = max((name for name in rates if name.startswith("Trainer")), key=lambda name: statistics.median(rates[name]))
     shuffled = random.Random(1).sample(lengths, len(lengths))
@@ -113,7 +114,7 @@ def tuning(
     }
 
 
-def tuning_sets(shape: Shape, precision: Precision, seconds: float, rounds: int) -> dict[str, Any]:
+def tuning_sets(shape: Shape, precision: Precision, timing: Timing) -> dict[str, Any]:
     """`tuning` on the ragged mix, and on skills where the shape has them."""
     from transformers import AutoTokenizer, DataCollatorForSeq2Seq
 
@@ -123,4 +124,4 @@ def tuning_sets(shape: Shape, precision: Precision, seconds: float, rounds: int)
         pad = DataCollatorForSeq2Seq(AutoTokenizer.from_pretrained(folder))
     sets = {"skills": skills(tokenizer, shape.conversations)} if shape.skills else {}
     sets["ragged, 16..400 tokens"] = ragged(shape.config.vocab_size, shape.conversations)
-    return {name: tuning(shape, data, pad, precision, seconds, rounds) for name, data in sets.items()}
+    return {name: tuning(shape, data, pad, precision, timing) for name, data in sets.items()}

@@ -87,9 +87,15 @@ def test_translations_are_the_answers_of_beam_search(model, tokenizer):
     texts = ["heat", "the steady heat", "", "x" * 60]
     found = translate(model, tokenizer, texts, Search(3, 0.5))
     for text, ours in zip(texts, found.texts, strict=True):
-        answer = beam_search(model, tokenizer.prompt(text)[:24], Beams(3, 23, 0.5), [tokenizer.end_id])
+        limit = min(23, 2 * len(tokenizer.prompt(text)) + 10)
+        answer = beam_search(model, tokenizer.prompt(text)[:24], Beams(3, limit, 0.5), [tokenizer.end_id])
         assert ours == " ".join(tokenizer.decode(answer.ids).split()) and "\n" not in ours
     assert found.cut == 1 and 0 <= found.open <= 4
+    short = translate(model, tokenizer, texts, Search(3, 0.5, ratio=0.01))
+    lengths = [len(beam_search(model, tokenizer.prompt(t)[:24], Beams(3, 10, 0.5), [tokenizer.end_id]).ids) for t in texts]
+    assert max(lengths) == 10 and short.texts != found.texts
+    with pytest.raises(ConfigError, match=r"search.ratio \(0\) must be positive: 2 is usual"):
+        Search(ratio=0)
     model.token_ids = TokenIds(tokenizer.bos_id, (399,), decoder_start=tokenizer.bos_id)  # which never comes
     assert translate(model, tokenizer, texts, Search(1)).open == 4
     model.token_ids = TokenIds(tokenizer.bos_id, (tokenizer.end_id,), decoder_start=tokenizer.bos_id)

@@ -60,6 +60,15 @@ def test_bfloat16_is_close_and_progress_is_told(models):
     assert beam_search_batch(model, [], Beams(), ()) == []
 
 
+def test_limits_are_those_of_each_prompt(models):
+    model, prompts = models("transformer")
+    limits = [3, 20, 1, 7, 5, 2, 4, 6][: len(prompts)]
+    found = beam_search_batch(model, prompts, Beams(3, 8), (), limits=limits, at_once=3)
+    alone = [beam_search(model, p, Beams(3, min(n, 8)), ()) for p, n in zip(prompts, limits, strict=True)]
+    assert [a.ids for a in found] == [a.ids for a in alone]
+    assert [len(a.ids) for a in found] == [min(n, 8) for n in limits]
+
+
 def test_refused_as_alone(models):
     model, prompts = models("transformer")
     for how, wanted, message in (

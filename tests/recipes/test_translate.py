@@ -129,7 +129,14 @@ def test_every_option_changes_the_training(text, tmp_path, plain, more):
 
 
 @pytest.mark.parametrize(
-    "more", [{"search__beams": 4}, {"search__length_penalty": 9.0, "search__beams": 4}, {"search__tokenize": "char"}], ids=str
+    "more",
+    [
+        {"search__beams": 4},
+        {"search__ratio": 0.01},
+        {"search__length_penalty": 9.0, "search__beams": 4},
+        {"search__tokenize": "char"},
+    ],
+    ids=str,
 )
 def test_every_option_changes_the_translations(text, tmp_path, plain, more):
     record = trained(text, tmp_path / "run", **more)

@@ -37,3 +37,21 @@ def run():
         return fit(model, objective, batches, optimizers, warmup_cosine(10, 3, 0.1), steps=steps, **options), optimizers
 
     return start
+
+
+@pytest.fixture(scope="session")
+def crew(tmp_path_factory):
+    """Four processes that run any layout, kept for all tests: starting them takes longer than a run."""
+    from tests.train import layouts  # the programs that tests start import this file alone
+
+    crew = layouts.Crew(tmp_path_factory.mktemp("crew"))
+    yield crew
+    crew.close()
+
+
+@pytest.fixture(scope="session")
+def alone():
+    """What one plain process does, by its options; done once for each."""
+    from tests.train import layouts
+
+    return layouts.Alone()

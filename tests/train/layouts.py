@@ -83,6 +83,12 @@ def reload(strategy, folder, arch="llama", fields=(), optim="adamw"):
     return progress.step, answers(strategy, model), moments
 
 
+def uneven(step):
+    """A long sequence, and one too short for what lies further ahead than its next token."""
+    ids = torch.arange(11) + 5 + step
+    return [Batch(ids, ids + 1, torch.tensor([10, 1]), origin=f"step {step}")]
+
+
 def joined(step):
     """The micro-batches of a step as one batch."""
     return [join(ragged(step))]
@@ -153,7 +159,8 @@ def train(
     if objective is None:
         loss, model = next_token.loss, models.build(arch, config(arch, **dict(fields)), seed=1)
     else:
-        model, loss, batches = prepared(arch, objective, fields, options)
+        model, loss, made = prepared(arch, objective, fields, options)
+        batches = made if batches is ragged else batches
     if change is not None:
         change(model)
     model = strategy.place(model).train()

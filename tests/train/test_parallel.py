@@ -17,20 +17,6 @@ from tests.train.layouts import compare
 STEPS = 50
 
 
-@pytest.fixture(scope="module")
-def crew(tmp_path_factory):
-    """Four processes, kept for all layouts: starting one takes longer than a run."""
-    crew = layouts.Crew(tmp_path_factory.mktemp("crew"))
-    yield crew
-    crew.close()
-
-
-@pytest.fixture(scope="module")
-def alone():
-    """One plain process, by its options; computed once."""
-    return layouts.Alone()
-
-
 @pytest.mark.parametrize("layout", [case.parallel for case in support.LAYOUT_CASES])
 def test_every_layout_is_one_process(crew, alone, layout):
     compare(crew.run(layout, steps=STEPS), alone(steps=STEPS))

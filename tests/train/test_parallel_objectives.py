@@ -8,19 +8,6 @@ from tests.train import layouts
 STEPS, CLIP = 6, 0.3
 
 
-@pytest.fixture(scope="module")
-def crew(tmp_path_factory):
-    """Two processes, kept for all cases."""
-    crew = layouts.Crew(tmp_path_factory.mktemp("crew"), size=2)
-    yield crew
-    crew.close()
-
-
-@pytest.fixture(scope="module")
-def alone():
-    return layouts.Alone()
-
-
 @pytest.fixture
 def same(crew, alone):
     """Assert that a case is one process."""
@@ -50,6 +37,11 @@ def test_smoothed_targets(same, alone, layout):
     same(support.Case(parallel=layout), options=options)
     plain = {"arch": "llama", "objective": "next_token", "steps": STEPS, "clip": CLIP}
     assert abs(alone(**plain)[0][0] - alone(**plain, options=options)[0][0]) > 1e-3
+
+
+@pytest.mark.parametrize("layout", ["ddp=2", "fsdp=2"])
+def test_a_process_with_nothing_to_learn_for_some_heads_takes_part(same, layout):
+    same(support.Case("multi_token", "deepseek_v3", parallel=layout), batches=layouts.uneven)
 
 
 def test_every_objective_that_fits_something_is_there():

@@ -14,13 +14,6 @@ LAYOUTS = ("fsdp=4", "tp=2", "pp=2", "fsdp=2,tp=2", "tp=2,pp=2", "hsdp=2x2", "dd
 
 
 @pytest.fixture(scope="module")
-def crew(tmp_path_factory):
-    crew = layouts.Crew(tmp_path_factory.mktemp("crew"))
-    yield crew
-    crew.close()
-
-
-@pytest.fixture(scope="module")
 def saved(crew, tmp_path_factory):
     """A folder that each layout has saved a run of three steps to, and the weights that it had."""
     known = {}

@@ -22,6 +22,7 @@ if TYPE_CHECKING:
 
 _RESAMPLES = 1000  # of the bootstrap
 _EXAMPLES = 5
+_MORE = 10  # tokens
 
 
 @dataclass(frozen=True)
@@ -30,12 +31,18 @@ class Search:
 
     beams           translations that are followed at once
     length_penalty  power of the length by which their log-probabilities are divided: more than 1 favours long ones
+    ratio           a translation has at most this many times the tokens of its source, and 10 more: weak models find no end
     tokenize        how BLEU finds words: a tokenizer of sacrebleu (13a is usual; intl, zh, char ...)
     """
 
     beams: int = 5
     length_penalty: float = 1.0
+    ratio: float = 2.0
     tokenize: str = "13a"
+
+    def __post_init__(self) -> None:
+        if not self.ratio > 0:
+            raise ConfigError(f"search.ratio ({self.ratio}) must be positive: 2 is usual")
 
 
 @dataclass(frozen=True)
@@ -70,7 +77,8 @@ def translate(
     sources = [tokenizer.prompt(text) for text in texts]
     cut = sum(len(source) > longest for source in sources)
     beams = Beams(how.beams, longest - len(model.token_ids.start), how.length_penalty)
-    found = beam_search_batch(model, [source[:longest] for source in sources], beams, eos, precision=precision)
+    limits = [int(how.ratio * len(source)) + _MORE for source in sources]
+    found = beam_search_batch(model, [s[:longest] for s in sources], beams, eos, limits=limits, precision=precision)
     answers = [" ".join(tokenizer.decode(answer.ids).split()) for answer in found]
     return Translations(answers, cut, sum(answer.ids[-1] not in eos for answer in found))
 

@@ -25,6 +25,7 @@ class _Search:
 
     number    of the prompt
     before    tokens in the cache before its answers
+    limit     tokens of an answer at most
     running   unfinished answers, one for each of its rows
     finished  the best that have ended
     parents   which of its beams each row goes on from
@@ -32,6 +33,7 @@ class _Search:
 
     number: int
     before: int
+    limit: int
     running: list[Answer]
     finished: list[Answer] = field(default_factory=list)
     parents: list[int] = field(default_factory=list)
@@ -43,7 +45,7 @@ class _Search:
         self.parents = []
         for rank, (beam, token, logprob, score) in enumerate(found):
             parent = self.running[beam]
-            if token in eos or length >= how.max_tokens:
+            if token in eos or length >= self.limit:
                 if rank < how.beams:
                     ended = score / length**how.length_penalty
                     self.finished.append(Answer((*parent.ids, token), (*parent.logprobs, logprob), ended))
@@ -62,6 +64,7 @@ def beam_search_batch(
     how: Beams,
     eos: Collection[int],
     *,
+    limits: Sequence[int] | None = None,
     at_once: int = 64,
     precision: Precision = "fp32",
     progress: Callable[[int], None] | None = None,
@@ -71,6 +74,7 @@ def beam_search_batch(
     Args:
         model, how, eos: as there.
         prompts: in any order; those of like length are searched together.
+        limits: for each prompt, new tokens at most, where that is less than `how.max_tokens`.
         at_once: prompts.
         precision: of the matrix products.
         progress: told how many prompts are answered.
@@ -87,9 +91,9 @@ def beam_search_batch(
         _check(model, prompt, start or prompt, how)
     for first in range(0, len(order), at_once):
         chosen = order[first : first + at_once]
-        for number, answer in zip(
-            chosen, _together(model, [prompts[i] for i in chosen], start, how, eos, precision), strict=True
-        ):
+        limit = [how.max_tokens if limits is None else min(limits[i], how.max_tokens) for i in chosen]
+        found = _together(model, [prompts[i] for i in chosen], limit, start, how, eos, precision)
+        for number, answer in zip(chosen, found, strict=True):
             answers[number] = answer
         if progress is not None:
             progress(min(first + at_once, len(order)))
@@ -99,6 +103,7 @@ def beam_search_batch(
 def _together(
     model: CausalLM | EncoderDecoder,
     prompts: Sequence[Sequence[int]],
+    limits: Sequence[int],
     start: Sequence[int],
     how: Beams,
     eos: Collection[int],
@@ -109,7 +114,7 @@ def _together(
     runner = Runner(model, precision)
     each = [list(p) for p in prompts for _ in range(beams)]
     logits = runner.prefill([start] * len(each) if start else each, 0, each if start else None)
-    live = [_Search(i, len(start or p), [Answer()] * beams) for i, p in enumerate(prompts)]
+    live = [_Search(i, len(start or p), limits[i], [Answer()] * beams) for i, p in enumerate(prompts)]
     done: dict[int, Answer] = {}
     # All beams of a prompt begin equal: only the first may be extended.
     scores = torch.full((len(prompts), beams), -1e9, device=logits.device)

@@ -68,6 +68,8 @@ def build(config: Config) -> Callable[[Any, Batch], Loss]:
             if known.numel():
                 part, first = model.cross_entropy(state[0].index_select(0, known), labels[known])
                 ahead, right = ahead + part / len(states), right + first
+            else:  # its gradient is zero, and there all the same: processes that share the work sum what each of them has
+                ahead = ahead + 0.0 * state.float().sum()
         metrics = {"correct": correct, "ahead": ahead.detach(), "ahead_correct": right / len(states)}
         return with_router(model, total + config.weight * ahead, at.numel(), metrics)
 

@@ -91,7 +91,7 @@ EXPERT_CASES = tuple(Case(architecture="mixtral", parallel=text) for text in ("d
 OPTIMIZER_CASES = (
     *(Case(optimizer="muon", parallel=text) for text in ("fsdp=2", "tp=2", "ddp=2")),
     Case(optimizer="sgd", parallel="fsdp=2"),
-    Case(optimizer="adafactor", parallel="ddp=2"),
+    *(Case(optimizer="adafactor", parallel=text) for text in ("ddp=2", "fsdp=2", "pp=2")),
 )
 PRECISION_CASES = tuple(Case(precision="bf16", parallel=text) for text in ("ddp=2", "fsdp=2", "tp=2", "pp=2"))
 COMPILE_CASES = (Case(compile="yes"),)
