@@ -16,6 +16,7 @@ import importlib.util
 import statistics
 import sys
 import tempfile
+import time
 from collections.abc import Callable, Mapping, Sequence
 from importlib import metadata
 from pathlib import Path
@@ -24,7 +25,7 @@ from typing import Any
 import torch
 import torch.nn.functional as F
 from torch import Tensor
-from training.rounds import ROUNDS, ratio, repeated, take_turns
+from training.rounds import Timing, ratio, repeated, take_turns
 
 from athanor.core import io as files
 from athanor.core import plugins
@@ -35,6 +36,7 @@ from athanor.models import io
 PEER = "transformers"
 TIME = 128  # tokens of a row
 BATCHES = (1, 8)
+ROUNDS = 5
 WANTED, WANTED_OF_MIXTURES = 1.0, 1.2
 PASSES = ("forward", "forward + backward")
 TOLERANCE = {torch.float32: 1e-3, torch.bfloat16: 0.1}  # of the spread of the logits
@@ -179,9 +181,9 @@ def measure(name: str, dtype: torch.dtype, batch: int, seconds: float, folder: P
     yours = {kind: passes(model, given, False) for kind, model in theirs.items()}
     found = {}
     for which in PASSES:
-        contenders = {"athanor": repeated(mine[which])}
-        contenders |= {f"{PEER} {kind}".strip(): repeated(steps[which]) for kind, steps in yours.items()}
-        rates = take_turns(contenders, seconds)
+        contenders = {"athanor": repeated(mine[which], time.perf_counter)}
+        contenders |= {f"{PEER} {kind}".strip(): repeated(steps[which], time.perf_counter) for kind, steps in yours.items()}
+        rates = take_turns(contenders, Timing(seconds, ROUNDS))
         best = max((k for k in rates if k != "athanor"), key=lambda k: statistics.median(rates[k]))
         found[which] = {"tokens_per_second": rates, "peer": best, "ratio": ratio(rates["athanor"], rates[best])}
     return found

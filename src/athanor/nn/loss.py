@@ -14,6 +14,7 @@ from athanor.nn.norms import compute_dtype
 _CHUNK_ELEMENTS = 1 << 22  # logits in flight: 16 MiB of float32, small enough to stay near the cache
 
 
+_SPAN = 4  # chunks whose gradients make one product with the hidden states: each is added to all of a large matrix
 _LEVEL, _FINE = 256, 64  # rows of a bfloat16 product are filled up to a multiple of this (of _FINE where they are few)
 
 
@@ -21,11 +22,15 @@ def _chunk_rows(vocab: int) -> int:
     return max(_LEVEL, _CHUNK_ELEMENTS // vocab // _LEVEL * _LEVEL)
 
 
-def _level(x: Tensor) -> Tensor:
-    """Rows of zeros after the last, so that batches of any size come as few shapes: oneDNN prepares (and keeps) code for each."""
+def _level(x: Tensor, rows: int = 0) -> Tensor:
+    """Rows of zeros after the last, so that batches of any size come as few shapes: oneDNN prepares (and keeps) code for each.
+
+    Where x is to be cut into chunks of `rows`, a multiple of `_LEVEL`, its last chunk is levelled.
+    """
     if x.dtype != torch.bfloat16:  # other products do not run in oneDNN
         return x
-    return F.pad(x, (0, 0, 0, -x.shape[0] % (_LEVEL if x.shape[0] > _LEVEL else _FINE)))
+    last = x.shape[0] % rows if rows else x.shape[0]
+    return F.pad(x, (0, 0, 0, -last % (_LEVEL if last > _LEVEL else _FINE)))
 
 
 class _Output(NamedTuple):
@@ -70,29 +75,36 @@ class _LinearCrossEntropy(torch.autograd.Function):
         d_weight = torch.zeros_like(weight, dtype=torch.float32) if need[1] else None
         d_bias = torch.zeros_like(bias, dtype=torch.float32) if need[2] and bias is not None else None
         rows = _chunk_rows(weight.shape[0])
-        for start in range(0, hidden.shape[0], rows):
-            at = slice(start, start + rows)
-            h, y = _level(hidden[at].to(dtype)), targets[at, None]
-            logits = out.logits(h, len(y))
-            logprobs = torch.log_softmax(logits, dim=1)
-            picked = logprobs.gather(1, y)
-            correct += (picked >= logprobs.amax(dim=1, keepdim=True)).sum()
-            total -= picked.sum(dtype=torch.float64) * (1 - smoothing)
-            if smoothing:
-                total -= logprobs.sum(dtype=torch.float64) * (smoothing / logprobs.shape[1])
-            if any(need):
-                grad32 = logprobs.exp_().scatter_add_(1, y, torch.full_like(picked, smoothing - 1))
+        for first in range(0, hidden.shape[0], _SPAN * rows):
+            span = hidden[first : first + _SPAN * rows].to(dtype)
+            n = span.shape[0]
+            span = _level(span, rows)
+            grads = span.new_empty(span.shape[0] if any(need) else 0, weight.shape[0])
+            for start in range(0, n, rows):
+                at = slice(first + start, first + min(start + rows, n))
+                h, y = span[start : start + rows], targets[at, None]
+                logits = out.logits(h, len(y))
+                logprobs = torch.log_softmax(logits, dim=1)
+                picked = logprobs.gather(1, y)
+                correct += (picked >= logprobs.amax(dim=1, keepdim=True)).sum()
+                total -= picked.sum(dtype=torch.float64) * (1 - smoothing)
                 if smoothing:
-                    grad32 -= smoothing / logprobs.shape[1]
-                if softcap is not None:
-                    grad32 *= out.slope(logits)
-                if d_bias is not None:
-                    d_bias += grad32.sum(0)
-                grad = _level(grad32.to(dtype))
-            if d_hidden is not None:
-                d_hidden[at] = multiply(grad, out.weight.t())[: len(y)]
+                    total -= logprobs.sum(dtype=torch.float64) * (smoothing / logprobs.shape[1])
+                if any(need):
+                    grad32 = logprobs.exp_().scatter_add_(1, y, torch.full_like(picked, smoothing - 1))
+                    if smoothing:
+                        grad32 -= smoothing / logprobs.shape[1]
+                    if softcap is not None:
+                        grad32 *= out.slope(logits)
+                    if d_bias is not None:
+                        d_bias += grad32.sum(0)
+                    grad = grads[start : start + rows]
+                    grad[: len(y)] = grad32
+                    grad[len(y) :] = 0
+                if d_hidden is not None:
+                    d_hidden[at] = multiply(grad, out.weight.t())[: len(y)]
             if d_weight is not None:
-                d_weight += torch.mm(grad.t(), h)
+                d_weight += torch.mm(grads.t(), span)
         ctx.save_for_backward(d_hidden, d_weight, d_bias)
         ctx.dtypes = weight.dtype, None if bias is None else bias.dtype
         ctx.mark_non_differentiable(correct)
