@@ -39,14 +39,17 @@ def bench():
         del sys.modules[name]
 
 
-@pytest.mark.slow
-def test_the_tiny_shape_from_end_to_end(tmp_path):
-    out = tmp_path / "train.json"
-    options = ["--shapes", "tiny", "--seconds", "0.01", "--rounds", "2", "--cpu-time", "--json", str(out)]
-    command = [sys.executable, str(SCRIPT), *options]
+def measured(out, *options):
+    """What the script printed and wrote; in a process of its own, with warnings of others allowed."""
+    command = [sys.executable, str(SCRIPT), "--shapes", "tiny", "--seconds", "0.01", *options, "--json", str(out)]
     done = subprocess.run(command, capture_output=True, text=True, env=os.environ | {"PYTHONPATH": os.pathsep.join(sys.path)})
     assert done.returncode == 0, done.stderr
-    found = json.loads(out.read_text())
+    return done.stdout, json.loads(out.read_text())
+
+
+@pytest.mark.slow
+def test_the_tiny_shape_from_end_to_end(tmp_path):
+    shown, found = measured(tmp_path / "train.json", "--rounds", "2", "--cpu-time")
     assert found["cpu_time"]
     assert found["machine"]["threads"] == 1
     assert found["machine"]["transformers"]
@@ -63,7 +66,7 @@ def test_the_tiny_shape_from_end_to_end(tmp_path):
         for side, rates in r["tokens_per_second"].items():
             assert len(rates) == 2, side
             assert all(rate > 0 for rate in rates), side
-            assert side in done.stdout
+            assert side in shown
     for r in sets.values():
         assert 16 <= r["mean_length"] <= 400
         assert 0 < r["padding_of_eight"] < 1
@@ -72,11 +75,14 @@ def test_the_tiny_shape_from_end_to_end(tmp_path):
 
 
 @pytest.mark.slow
-def test_compiled_contenders_are_added_where_asked(bench):
-    r = bench.pretraining.pretraining(bench.train.SHAPES["tiny"], "fp32", bench.rounds.Timing(0.01, 1), compiled=True)
+def test_compiled_contenders_are_added_where_asked(tmp_path):
+    shown, found = measured(tmp_path / "train.json", "--rounds", "1", "--parts", "pretraining", "--compiled")
+    r = found["pretraining"]["tiny"]
     assert r["first_step_seconds"].keys() == {"athanor, compiled", "Trainer, bf16, torch_compile"}
     assert r["first_step_seconds"].keys() < r["tokens_per_second"].keys()
     assert all(seconds > 0 for seconds in r["first_step_seconds"].values())
+    assert shown.count("first step") == 3  # of each, and its loss
+    assert "tuning" not in found
 
 
 def test_different_weights_are_no_comparison(bench, monkeypatch):

@@ -92,8 +92,17 @@ def test_only_the_gradients_that_are_needed_are_formed(chunks):
     torch.testing.assert_close(hidden.grad, expected)
 
 
-def test_cross_entropy_under_autocast_is_close_and_keeps_the_weights_dtype():
-    hidden, weight, targets = data(40)
+def test_chunks_of_a_span_share_the_product_of_the_weights_gradient(monkeypatch):
+    monkeypatch.setattr(losses, "_chunk_rows", lambda vocab: 8)
+    with Products() as seen:
+        linear_cross_entropy(*data(5 * 8))
+    assert seen.count == 2 * 5 + 2  # five chunks, of which the first four are a span
+
+
+@pytest.mark.parametrize("n", [40, 300, 1030, 2500])  # of chunks of 256 and spans of 1024
+def test_cross_entropy_under_autocast_is_close_and_keeps_the_weights_dtype(n, monkeypatch):
+    monkeypatch.setattr(losses, "_chunk_rows", lambda vocab: losses._LEVEL)
+    hidden, weight, targets = data(n)
     with torch.autocast("cpu", dtype=torch.bfloat16):
         total, _ = linear_cross_entropy(hidden, weight, targets)
     total.backward()

@@ -80,6 +80,7 @@ class _LinearCrossEntropy(torch.autograd.Function):
             n = span.shape[0]
             span = _level(span, rows)
             grads = span.new_empty(span.shape[0] if any(need) else 0, weight.shape[0])
+            grads[n:] = 0
             for start in range(0, n, rows):
                 at = slice(first + start, first + min(start + rows, n))
                 h, y = span[start : start + rows], targets[at, None]
@@ -100,7 +101,6 @@ class _LinearCrossEntropy(torch.autograd.Function):
                         d_bias += grad32.sum(0)
                     grad = grads[start : start + rows]
                     grad[: len(y)] = grad32
-                    grad[len(y) :] = 0
                 if d_hidden is not None:
                     d_hidden[at] = multiply(grad, out.weight.t())[: len(y)]
             if d_weight is not None:
