@@ -118,7 +118,7 @@ def plain(text, tmp_path_factory):
         {"seed": 1},
         {"shape__n_layers": 2},
         {"objective__smoothing": 0.3},
-        {"optim__name": "muon", "optim__beta2": 0.95},
+        {"optim__name": "adamw"},
         {"schedule__name": "inverse_sqrt"},
     ],
     ids=str,

@@ -87,7 +87,7 @@ class Config:
     seed: int = 0
     shape: Shape = field(default_factory=Shape)
     objective: seq2seq.Config = seq2seq.Config(smoothing=0.1)
-    optim: OptimConfig = OptimConfig(name="adamw", lr=1e-3, beta2=0.98)
+    optim: OptimConfig = OptimConfig()
     schedule: ScheduleConfig = ScheduleConfig()
     search: translation.Search = translation.Search()
 
