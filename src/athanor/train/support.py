@@ -170,9 +170,9 @@ def config_of(case: Case) -> TrainConfig:
     """The case as recipes have it."""
     # Values are those of the fields, which are Literals.
     return TrainConfig(
-        precision=case.precision, parallel=case.parallel, checkpointing=case.checkpointing,  # type: ignore[arg-type]
+        precision=case.precision, parallel=case.parallel, checkpointing=case.checkpointing,  # type: ignore[arg-type]  # any text: it is asked whether it is refused
         compile=case.compile == "yes", dropout=_SHARE if case.dropout == "yes" else 0.0,
-        optim=OptimConfig(name=case.optimizer),  # type: ignore[arg-type]
+        optim=OptimConfig(name=case.optimizer),  # type: ignore[arg-type]  # any text: it is asked whether it is refused
     )  # fmt: skip
 
 
