@@ -10,6 +10,7 @@ TEXT = """The athanor keeps one steady heat through every stage of the work. 12 
 def heat(stage: int) -> float:\n    return stage * 1.5  # degrees\n你好，世界。 naïve café 🔥\n"""
 
 settings.register_profile("athanor", deadline=None)  # a slow machine is not a failure
+settings.register_profile("deep", deadline=None, max_examples=2000)  # pytest --hypothesis-profile deep
 settings.load_profile("athanor")
 
 

@@ -113,6 +113,10 @@ def test_stable_and_decay():
     factor = schedule(ScheduleConfig("wsd", 0.1, final=0.0), 20)
     assert [factor(i) for i in range(20)] == pytest.approx([0.5] + [1.0] * 16 + [2 / 3, 1 / 3, 0.0])
     assert warmup_stable_decay(5, 1, 0)(4) == 1.0
+    # A decay of one step is that to `final`, and not a rate of 0 where it is the only step there is.
+    assert [warmup_stable_decay(4, 0, 1)(i) for i in range(4)] == [1.0, 1.0, 1.0, 0.0]
+    assert [warmup_stable_decay(2, 1, 1)(i) for i in range(2)] == [1.0, 1.0]
+    assert warmup_stable_decay(1, 0, 1)(0) == 1.0
     assert constant(2)(0) == 0.5
 
 

@@ -60,7 +60,7 @@ def schedule(config: ScheduleConfig, steps: int) -> Schedule:
     | inverse_sqrt | as sqrt(w / (step + 1)) (Vaswani et al. 2017, section 5.3, so scaled that it is 1 when the warm-up ends) |
     | constant     | not                                                                                                  |
 
-    What falls to `final` has it in the last step, steps - 1.
+    What falls to `final` has it in the last step, steps - 1, where it is not also the first one at the full rate.
 
     Raises:
         ConfigError: steps below 1.
@@ -107,14 +107,15 @@ def warmup_stable_decay(steps: int, warmup: int, decay: int, final: float = 0.0)
     _check_final(final)
     if not 0 <= decay <= steps - warmup:
         raise ConfigError(f"decay ({decay}) must lie between 0 and what the warmup leaves of the steps ({steps - warmup})")
-    begin = steps - decay  # the first step of the decay still has the full rate where there is a second one
+    # The first step of the decay still has the full rate, unless it is the only one and an earlier step had it.
+    begin = steps - (2 if decay == 1 and steps - decay > warmup else decay)
 
     def factor(step: int) -> float:
         if step < warmup:
             return (step + 1) / warmup
         if step < begin:
             return 1.0
-        progress = min(1.0, (step - begin) / max(1, decay - 1))
+        progress = min(1.0, (step - begin) / max(1, steps - 1 - begin))
         return 1.0 - (1 - final) * progress
 
     return factor
