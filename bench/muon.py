@@ -5,7 +5,7 @@ What a life pre-trains is trained here: the standard library and the skills, the
 the share of the budget that is spent), starts from the same weights and sees the same batches in the same order. They take turns
 of a few seconds in one process, so that all of them see the same machine; held-out text is not on anybody's clock.
 
-AdamW first sweeps its peak rate over a quarter of the budget each. Then: AdamW, Muon, and Muon whose budget is three quarters of
+Both first sweep their peak rates over a quarter of the budget each. Then: AdamW, Muon, and Muon whose budget is three quarters of
 AdamW's. The question is whether, and when, that third one reaches the held-out bits per byte that AdamW ends with.
 """
 
@@ -16,7 +16,7 @@ import math
 import sys
 import tempfile
 import time
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import asdict, dataclass, field
 from pathlib import Path
 from typing import Any
@@ -31,7 +31,7 @@ from athanor.data.pack import Rows, fill, join
 from athanor.evals import lessons, likelihood, skill
 from athanor.models import llama
 from athanor.objectives import next_token
-from athanor.optim.build import OptimConfig, build
+from athanor.optim.build import Name, OptimConfig, build
 from athanor.recipes import corpus as corpus_recipe
 from athanor.recipes import tokenizer as tokenizer_recipe
 from athanor.tokenizer.bpe import Tokenizer
@@ -161,23 +161,21 @@ def reached(curve: Sequence[tuple[float, int, float]], target: float) -> float |
     return None
 
 
-def sweep(found: Life, rates: Sequence[float], budget: float) -> dict[float, float]:
-    """AdamW's held-out bits per byte by its peak rate."""
-    runs = [Contender(f"adamw {rate:g}", OptimConfig("adamw", rate), budget, found) for rate in rates]
+def sweep(found: Life, rates: Mapping[Name, Sequence[float]], budget: float) -> dict[Name, dict[float, float]]:
+    """Held-out bits per byte of each optimiser by its peak rate; one that has a single rate needs no trial."""
+    runs = [Contender(f"{n} {r:g}", OptimConfig(n, r), budget, found) for n, each in rates.items() for r in each if len(each) > 1]
     for contender in runs:
         contender.looks = [budget]
     compete(runs)
-    return {c.optim.lr: c.curve[-1][2] for c in runs}
+    return {name: {c.optim.lr: c.curve[-1][2] for c in runs if c.optim.name == name} for name in rates}
 
 
 def measure(options: argparse.Namespace, folder: Path) -> dict[str, Any]:
     """The whole comparison."""
     found = life(folder, options.shape, options.batch_tokens, options.context, options.sample)
-    tried = sweep(found, options.rates, options.seconds / 4) if len(options.rates) > 1 else {}
-    best = min(tried, key=lambda rate: tried[rate]) if tried else options.rates[0]
-    for rate, value in tried.items():
-        print(f"AdamW at {rate:g}: {value:.4f} bits per byte after {options.seconds / 4:.0f} s", flush=True)
-    adamw, muon = OptimConfig("adamw", best), OptimConfig("muon", options.muon_rate)
+    rates: dict[Name, Sequence[float]] = {"adamw": options.rates, "muon": options.muon_rates}
+    tried = sweep(found, rates, options.seconds / 4)
+    adamw, muon = (OptimConfig(n, min(t, key=lambda rate: t[rate]) if (t := tried[n]) else rates[n][0]) for n in rates)
     contenders = [
         Contender("AdamW", adamw, options.seconds, found),
         Contender("Muon", muon, options.seconds, found),
@@ -190,7 +188,7 @@ def measure(options: argparse.Namespace, folder: Path) -> dict[str, Any]:
         "machine": machine(),
         "parameters": contenders[0].model.n_parameters(),
         "precision": found.precision,
-        "sweep": {f"{rate:g}": value for rate, value in tried.items()},
+        "sweep": {name: {f"{rate:g}": value for rate, value in each.items()} for name, each in tried.items()},
         "contenders": {c.name: {"optim": asdict(c.optim), "budget": c.budget, "curve": c.curve} for c in contenders},
         "target": target,
         "reached": at,
@@ -215,7 +213,7 @@ def arguments(argv: Sequence[str] | None) -> argparse.Namespace:
     parser = argparse.ArgumentParser(description="Muon beside AdamW on the wall clock, on the CPU; see docs/benchmarks.md.")
     parser.add_argument("--seconds", type=float, default=180.0, help="AdamW's budget (default %(default)g)")
     parser.add_argument("--rates", type=float, nargs="+", default=[1e-3, 2e-3, 4e-3, 8e-3], help="AdamW's peak rates to sweep")
-    parser.add_argument("--muon-rate", type=float, default=OptimConfig().lr, help="Muon's (default %(default)g)")
+    parser.add_argument("--muon-rates", type=float, nargs="+", default=[3e-3, 5e-3, 8e-3, 12e-3], help="Muon's, likewise")
     parser.add_argument("--shape", type=int, nargs=5, default=plan.SHAPES[2], help="d_model n_layers n_heads n_kv_heads d_ff")
     parser.add_argument("--batch-tokens", type=int, default=8192, help="tokens of an update (default %(default)d)")
     parser.add_argument("--context", type=int, default=plan.CONTEXT, help="tokens of a row (default %(default)d)")

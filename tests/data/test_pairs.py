@@ -2,18 +2,17 @@
 
 import gzip
 import json
+import re
 from collections import Counter
 
 import numpy as np
 import pytest
-import torch
 from hypothesis import given
 from hypothesis import strategies as st
 
 from athanor.core.errors import ConfigError, DataError
 from athanor.data import pairs
 from athanor.data.pairs import PairBatches, TextPair, TokenPair, encode, pack, read
-from athanor.objectives import seq2seq
 
 TEXT = [("Ein Mann.", "A man."), ("Zwei  Hunde\u2028laufen ", "Two dogs\trun"), ("", "nothing"), ("Caf\u0065\u0301", "Café")]
 TIDY = [("Ein Mann.", "A man."), ("Zwei Hunde laufen", "Two dogs run"), ("", "nothing"), ("Café", "Café")]
@@ -95,13 +94,23 @@ def test_what_is_left_out_is_counted(tokenizer):
         encode(texts[:1], tokenizer, max_tokens=size - 1)
 
 
-@given(found=PAIRS)
-def test_a_batch_is_that_of_the_objective(found):
-    ours, theirs = pack(found, 1, "x"), seq2seq.pairs([p.source for p in found], [p.target for p in found], 1, "x")
-    assert ours.origin == theirs.origin == "x"
-    for name in ("ids", "labels", "lengths"):
-        assert torch.equal(getattr(ours, name), getattr(theirs, name))
-    assert torch.equal(ours.source.ids, theirs.source.ids) and torch.equal(ours.source.lengths, theirs.source.lengths)
+def test_the_batch():
+    batch = pack([([5, 6], [8]), ([7], [9, 10, 2])], 1, "two")
+    assert batch.ids.tolist() == [1, 1, 9, 10] and batch.labels.tolist() == [8, 9, 10, 2] and batch.lengths.tolist() == [1, 3]
+    assert batch.source.ids.tolist() == [5, 6, 7] and batch.source.lengths.tolist() == [2, 1] and batch.origin == "two"
+
+
+@pytest.mark.parametrize(
+    ("given_", "message"),
+    [
+        ([], "batch 'x' has no pairs: give at least one"),
+        ([([1], [1]), ([2], [])], "pair 1 of batch 'x' has a side without tokens: leave it out, or give its end of text"),
+        ([([], [1])], "pair 0 of batch 'x' has a side without tokens"),
+    ],
+)
+def test_pairs_that_are_none(given_, message):
+    with pytest.raises(DataError, match=re.escape(message)):
+        pack(given_, 1, "x")
 
 
 def content(batch):

@@ -8,8 +8,8 @@ import torch
 from athanor.core import plugins
 from athanor.core.errors import ConfigError, PluginError
 from athanor.data.pack import fill, select
+from athanor.data.pairs import pack
 from athanor.models.io import build as new
-from athanor.objectives import seq2seq
 from athanor.objectives._pretraining import choose, fits, generator
 from athanor.types import IGNORE
 
@@ -45,7 +45,7 @@ def batch_for(objective, rows, vocabulary, **shape):
     if objective != "seq2seq":
         return batch
     texts = [ids.tolist() for ids in batch.ids.split(batch.lengths.tolist())]
-    return seq2seq.pairs(texts[::2][: len(texts) // 2], texts[1::2], vocabulary.start, "pairs")
+    return pack(list(zip(texts[::2], texts[1::2], strict=False)), vocabulary.start, "pairs")
 
 
 @pytest.mark.parametrize(("architecture", "name"), PRESETS)

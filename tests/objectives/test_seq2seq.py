@@ -8,6 +8,7 @@ import transformers
 from torch.nn.functional import cross_entropy
 
 from athanor.core.errors import ConfigError, DataError, NoTargetsError
+from athanor.data.pairs import pack
 from athanor.models import io
 from athanor.objectives import next_token, seq2seq
 from athanor.objectives._pretraining import choose, generator
@@ -15,6 +16,7 @@ from athanor.types import IGNORE
 
 SOURCES = [[20, 21, 22, 2], [30, 31, 2], [40] * 9, [50]]
 TARGETS = [[60, 61, 2], [70, 71, 72, 73, 2], [80, 2], [90, 91]]
+PAIRS = list(zip(SOURCES, TARGETS, strict=True))
 CLASSES = {"t5": "T5", "bart": "Bart", "pegasus": "Pegasus"}
 
 
@@ -34,7 +36,7 @@ def logits_of(theirs, start):
 def test_the_loss_is_that_of_transformers(architecture, model_of, noisy, tmp_path):
     model = model_of(architecture)
     found = choose("seq2seq", model, {}, noisy, 48)
-    batch = seq2seq.pairs(SOURCES, TARGETS, found.vocabulary.start)
+    batch = pack(PAIRS, found.vocabulary.start)
     assert found.prepare(batch, generator(0, 0, 0)) is batch
     total, count, metrics = found.loss(model, batch)
     expected, correct = 0.0, 0
@@ -48,7 +50,7 @@ def test_the_loss_is_that_of_transformers(architecture, model_of, noisy, tmp_pat
 def test_smoothing_is_that_of_torch(model_of, noisy, tmp_path):
     model = model_of("bart")
     found = choose("seq2seq", model, {"smoothing": 0.2}, noisy, 48)
-    batch = seq2seq.pairs(SOURCES, TARGETS, 1)
+    batch = pack(PAIRS, 1)
     theirs = list(logits_of(in_transformers(model, "bart", tmp_path), 1))
     plain, smooth = (sum(float(cross_entropy(x, y, reduction="sum", label_smoothing=e)) for x, y in theirs) for e in (0.0, 0.2))
     assert found.loss(model, batch)[0].item() == pytest.approx(plain, rel=1e-5)  # nothing is smoothed but in training
@@ -61,7 +63,7 @@ def test_smoothing_is_that_of_torch(model_of, noisy, tmp_path):
 def test_what_the_model_says_unless_told(smoothing, same_as, model_of, noisy):
     """The Transformer of 2017 has label smoothing of 0.1 of its own."""
     model = model_of("transformer", label_smoothing=0.1).train()
-    batch = seq2seq.pairs(SOURCES, TARGETS, 1)
+    batch = pack(PAIRS, 1)
     total = choose("seq2seq", model, {"smoothing": smoothing}, noisy, 48).loss(model, batch)[0]
     other = model_of("transformer", label_smoothing=same_as).train()
     assert total.item() == choose("seq2seq", other, {}, noisy, 48).loss(other, batch)[0].item()
@@ -82,32 +84,12 @@ def test_smoothing_of_next_tokens(model_of, noisy, rows):
     assert smooth.loss(model, batch)[0].item() == plain.loss(model, batch)[0].item()
 
 
-def test_the_batch():
-    batch = seq2seq.pairs([[5, 6], [7]], [[8], [9, 10, 2]], 1, "two")
-    assert batch.ids.tolist() == [1, 1, 9, 10] and batch.labels.tolist() == [8, 9, 10, 2] and batch.lengths.tolist() == [1, 3]
-    assert batch.source.ids.tolist() == [5, 6, 7] and batch.source.lengths.tolist() == [2, 1] and batch.origin == "two"
-
-
-@pytest.mark.parametrize(
-    ("sources", "targets", "message"),
-    [
-        ([[1]], [], "batch 'x' has 1 sources and 0 answers: give as many, and at least one"),
-        ([], [], "batch 'x' has 0 sources and 0 answers"),
-        ([[1], [2]], [[1], []], "pair 1 of batch 'x' has a side without tokens: leave it out, or give its end of text"),
-        ([[]], [[1]], "pair 0 of batch 'x' has a side without tokens"),
-    ],
-)
-def test_pairs_that_are_none(sources, targets, message):
-    with pytest.raises(DataError, match=re.escape(message)):
-        seq2seq.pairs(sources, targets, 1, "x")
-
-
 def test_batches_that_cannot_be_learned_from(model_of, noisy, rows):
     model = model_of("t5")
     found = choose("seq2seq", model, {}, noisy, 48)
     with pytest.raises(DataError, match=r"batch 'rows 0..7' has no sources.* seq2seq learns from pairs of texts"):
         found.prepare(rows(), generator(0, 0, 0))
-    batch = seq2seq.pairs(SOURCES, TARGETS, 1)
+    batch = pack(PAIRS, 1)
     batch.labels.fill_(IGNORE)
     with pytest.raises(NoTargetsError, match="there is nothing to learn from it; give answers that have at least one token"):
         found.loss(model, batch)

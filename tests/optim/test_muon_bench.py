@@ -72,11 +72,26 @@ def test_from_end_to_end(bench, tmp_path, capsys):
     small = ["--shape", "32", "2", "2", "1", "64", "--batch-tokens", "512", "--context", "64", "--sample", "200000"]
     out = tmp_path / "muon.json"
     assert (
-        bench.main(["--seconds", "1", "--rates", "1e-3", "1e-2", *small, "--work", str(tmp_path / "run"), "--json", str(out)])
+        bench.main(
+            [
+                "--seconds",
+                "1",
+                "--rates",
+                "1e-3",
+                "1e-2",
+                "--muon-rates",
+                "1e-3",
+                *small,
+                "--work",
+                str(tmp_path / "run"),
+                "--json",
+                str(out),
+            ]
+        )
         == 0
     )
     found, shown = json.loads(out.read_text()), capsys.readouterr().out
-    assert found["sweep"].keys() == {"0.001", "0.01"}
+    assert found["sweep"]["adamw"].keys() == {"0.001", "0.01"} and not found["sweep"]["muon"]
     assert [c["budget"] for c in found["contenders"].values()] == [1.0, 1.0, 0.75]
     for name, c in found["contenders"].items():
         seconds = [s for s, _, _ in c["curve"]]

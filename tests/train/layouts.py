@@ -10,10 +10,11 @@ import torch
 import torch.distributed as td
 
 from athanor.core import plugins
+from athanor.data import pairs
 from athanor.data.pack import join, pack, select
 from athanor.models import io as models
 from athanor.nn.context import Packed
-from athanor.objectives import next_token, seq2seq
+from athanor.objectives import next_token
 from athanor.objectives._pretraining import choose, generator
 from athanor.optim.build import OptimConfig, build
 from athanor.optim.schedules import warmup_cosine
@@ -141,7 +142,7 @@ def prepared(arch, name, fields=(), options=()):
         out = []
         for part, (batch, ids) in enumerate(_texts(step)):
             if name == "seq2seq":
-                batch = seq2seq.pairs(ids, ids[1:] + ids[:1], chosen.vocabulary.start, batch.origin)
+                batch = pairs.pack(list(zip(ids, ids[1:] + ids[:1], strict=True)), chosen.vocabulary.start, batch.origin)
             out.append(chosen.prepare(batch, generator(0, step, part)))
         return out
 

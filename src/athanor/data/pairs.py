@@ -140,17 +140,31 @@ def encode(pairs: Sequence[TextPair], tokenizer: Tokenizer, *, max_tokens: int) 
     return Encoded(kept, empty, long)
 
 
-def pack(pairs: Sequence[TokenPair], start: int, origin: str = "") -> Batch:
-    """One batch of whole pairs: the decoder reads `start` and the target but its last token, and learns the target."""
-    ids = chain.from_iterable((start, *pair.target[:-1]) for pair in pairs)
-    lengths = torch.tensor([len(pair.target) for pair in pairs])
-    source_lengths = torch.tensor([len(pair.source) for pair in pairs])
+def pack(pairs: Sequence[tuple[Sequence[int], Sequence[int]]], start: int, origin: str = "") -> Batch:
+    """One batch of whole pairs: the decoder reads `start` and the target but its last token, and learns the target.
+
+    Args:
+        pairs: ids of source and target, both with what ends a text where the model is to see and to say it.
+        start: what a target begins with: `model.token_ids.decoder_start`.
+        origin: of the batch, named by errors.
+
+    Raises:
+        DataError: no pairs, or one that has a side without tokens.
+    """
+    if not pairs:
+        raise DataError(f"batch {origin!r} has no pairs: give at least one")
+    empty = [i for i, pair in enumerate(pairs) if not all(map(len, pair))]
+    if empty:
+        raise DataError(f"pair {empty[0]} of batch {origin!r} has a side without tokens: leave it out, or give its end of text")
+    sources, targets = zip(*pairs, strict=True)
+    read = chain.from_iterable((start, *target[:-1]) for target in targets)
+    source = Source(torch.tensor(list(chain.from_iterable(sources))), torch.tensor(list(map(len, sources))))
     return Batch(
-        ids=torch.tensor(list(ids)),
-        labels=torch.tensor(list(chain.from_iterable(pair.target for pair in pairs))),
-        lengths=lengths,
+        ids=torch.tensor(list(read)),
+        labels=torch.tensor(list(chain.from_iterable(targets))),
+        lengths=torch.tensor(list(map(len, targets))),
         origin=origin,
-        source=Source(torch.tensor(list(chain.from_iterable(pair.source for pair in pairs))), source_lengths),
+        source=source,
     )
 
 

@@ -13,21 +13,10 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
-from athanor.nn.feedforward import ACTIVATIONS
+from athanor.nn.feedforward import between, between_slope
 from athanor.nn.linear import multiply, pays
 from athanor.nn.norms import compute_dtype
 
-_aten = torch.ops.aten
-_tanh = {"approximate": "tanh"}
-# Of an activation: into `out` the gradient before it, from the gradient after it and what it was applied to.
-_SLOPES: dict[str, Callable[..., Tensor]] = {
-    "silu": lambda grad, x, out: _aten.silu_backward(grad, x, grad_input=out),
-    "swish": lambda grad, x, out: _aten.silu_backward(grad, x, grad_input=out),
-    "relu": lambda grad, x, out: _aten.threshold_backward(grad, x, 0, grad_input=out),
-    "gelu": lambda grad, x, out: _aten.gelu_backward(grad, x, grad_input=out),
-    "gelu_new": lambda grad, x, out: _aten.gelu_backward(grad, x, grad_input=out, **_tanh),
-    "gelu_pytorch_tanh": lambda grad, x, out: _aten.gelu_backward(grad, x, grad_input=out, **_tanh),
-}
 # On CPUs oneDNN prepares code for every number of rows that it meets in half precision, which costs more than the product:
 # groups of tokens are filled up to a multiple of this.
 _GRAIN = 16
@@ -104,21 +93,13 @@ _Times = Callable[[Tensor, Tensor], Tensor]
 
 def _inside(rows: Tensor, up: Tensor, down: Tensor, activation: str, times: _Times) -> _Inside:
     inner = times(rows, up.mT)
-    width = down.shape[-1]
-    active = ACTIVATIONS[activation](inner[:, :width])
-    product = active * inner[:, width:] if inner.shape[1] > width else active
+    active, product = between(inner, down.shape[-1], activation)
     return _Inside(inner, active, product, times(product, down.mT))
 
 
 def _slope(d_y: Tensor, down: Tensor, kept: _Inside, activation: str, times: _Times) -> Tensor:
     """The gradient of `inner`."""
-    width = down.shape[-1]
-    d_product, d_inner = times(d_y, down), torch.empty_like(kept.inner)
-    if kept.inner.shape[1] > width:
-        torch.mul(d_product, kept.active, out=d_inner[:, width:])
-        d_product.mul_(kept.inner[:, width:])
-    _SLOPES[activation](d_product, kept.inner[:, :width], d_inner[:, :width])
-    return d_inner
+    return between_slope(times(d_y, down), kept.inner, kept.active, activation)
 
 
 class _Mixture(torch.autograd.Function):

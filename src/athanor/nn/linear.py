@@ -1,8 +1,11 @@
-"""Matrix products of float32 on x86 CPUs by oneDNN where that pays, everywhere else PyTorch's own. Legend: N rows, I in, O out.
+"""Matrix products, those of float32 on x86 CPUs by oneDNN where that pays, all others PyTorch's own. Legend: N rows, I in, O out.
 
 PyTorch multiplies float32 by MKL and bfloat16 by oneDNN. oneDNN is the faster one for float32 too (docs/benchmarks.md), but it
 prepares code for each number of rows, for as long as a small product takes. So it is asked only where rows are a multiple of
 64: fixed shapes, as those of training and of whole batches, come again, and ragged ones are rarely such a multiple.
+
+Under autocast PyTorch keeps a copy of every weight in the dtype of the products until the backward pass is over. Here it is made
+once more there: that is one pass over the weight, beside a product that reads it for every row.
 """
 
 from __future__ import annotations
@@ -13,6 +16,9 @@ from typing import Any
 import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
+from torch.utils._python_dispatch import is_traceable_wrapper_subclass
+
+from athanor.nn.norms import compute_dtype
 
 _ROWS = 64
 
@@ -66,30 +72,51 @@ def multiply(x: Tensor, weight: Tensor, rows: int = _ROWS) -> Tensor:
     return _multiply(x, weight, None) if _pays(x, weight, rows) else torch.mm(x, weight.t())
 
 
+def product(x: Tensor, weight: Tensor, bias: Tensor | None) -> Tensor:
+    """What `linear` computes, all of one dtype, without a gradient of its own: (..., I), (O, I), (O,) -> (..., O)."""
+    return _multiply(x.contiguous(), weight, bias) if _pays(x, weight) else F.linear(x, weight, bias)
+
+
 class _Product(torch.autograd.Function):
     @staticmethod
-    def forward(ctx: Any, x: Tensor, weight: Tensor, bias: Tensor | None) -> Tensor:
-        ctx.save_for_backward(x, weight)
-        return _multiply(x, weight, bias)
+    def forward(ctx: Any, x: Tensor, weight: Tensor, bias: Tensor | None, dtype: torch.dtype) -> Tensor:
+        ctx.shape, ctx.dtypes = x.shape, (x.dtype, weight.dtype, None if bias is None else bias.dtype)
+        x = x.to(dtype).contiguous()
+        need_x, need_weight = ctx.needs_input_grad[:2]
+        ctx.save_for_backward(x if need_weight else None, weight if need_x else None)
+        return product(x, weight.to(dtype), None if bias is None else bias.to(dtype))
 
     @staticmethod
     @torch.autograd.function.once_differentiable
     def backward(ctx: Any, *grads: Tensor) -> tuple[Tensor | None, ...]:
         x, weight = ctx.saved_tensors
-        grad = grads[0].contiguous()
-        rows = grad.view(-1, grad.shape[-1])
-        d_x = _multiply(rows, weight.t(), None).view(x.shape) if ctx.needs_input_grad[0] else None
-        d_weight = torch.mm(rows.t(), x.view(-1, x.shape[-1])) if ctx.needs_input_grad[1] else None
-        return d_x, d_weight, rows.sum(0) if ctx.needs_input_grad[2] else None
+        rows = grads[0].reshape(-1, grads[0].shape[-1])
+        d_x = d_weight = d_bias = None
+        if ctx.needs_input_grad[0]:
+            d_x = multiply(rows, weight.to(rows.dtype).t()).view(ctx.shape).to(ctx.dtypes[0])
+        if ctx.needs_input_grad[1]:
+            d_weight = torch.mm(rows.t(), x.view(-1, x.shape[-1])).to(ctx.dtypes[1])
+        if ctx.needs_input_grad[2]:
+            d_bias = rows.sum(0, dtype=ctx.dtypes[2])
+        return d_x, d_weight, d_bias, None
+
+
+def owns(weight: Tensor) -> bool:
+    """Whether a weight's gradient may be formed here: not where it knows its own product, or a compiler sees more."""
+    return not is_traceable_wrapper_subclass(weight) and not torch.compiler.is_compiling()
+
+
+def _casts(x: Tensor, weight: Tensor) -> bool:
+    """Whether autocast would copy this weight."""
+    on, kinds = torch.is_autocast_enabled(x.device.type), (torch.float32, torch.bfloat16, torch.float16)
+    return on and weight.dtype == torch.float32 and x.dtype in kinds and owns(weight)
 
 
 def linear(x: Tensor, weight: Tensor, bias: Tensor | None = None) -> Tensor:
     """x weight^T + bias: (..., I), (O, I), (O,) -> (..., O), as `torch.nn.functional.linear` up to rounding."""
-    if not _pays(x, weight):
-        return F.linear(x, weight, bias)
-    if not torch.is_grad_enabled():
-        return _multiply(x.contiguous(), weight, bias)
-    out: Tensor = _Product.apply(x.contiguous(), weight, bias)
+    if not torch.is_grad_enabled() or not (_pays(x, weight) or _casts(x, weight)):
+        return product(x, weight, bias)
+    out: Tensor = _Product.apply(x, weight, bias, compute_dtype(x))
     return out
 
 

@@ -112,10 +112,13 @@ class _LinearCrossEntropy(torch.autograd.Function):
 
     @staticmethod
     def backward(ctx: Any, *grads: Tensor) -> tuple[Tensor | None, ...]:
-        d_hidden, d_weight, d_bias = ctx.saved_tensors
-        d_hidden = None if d_hidden is None else d_hidden * grads[0].to(d_hidden.dtype)
-        d_weight = None if d_weight is None else (d_weight * grads[0]).to(ctx.dtypes[0])
-        d_bias = None if d_bias is None else (d_bias * grads[0]).to(ctx.dtypes[1])
+        # In place unless the graph is kept for another time: of a large vocabulary this is the largest gradient there is.
+        kept = torch._C._autograd._get_current_graph_task_keep_graph()
+        d_hidden, d_weight, d_bias = (
+            None if d is None else d * grads[0].to(d.dtype) if kept else d.mul_(grads[0]) for d in ctx.saved_tensors
+        )
+        d_weight = None if d_weight is None else d_weight.to(ctx.dtypes[0])
+        d_bias = None if d_bias is None else d_bias.to(ctx.dtypes[1])
         return d_hidden, d_weight, None, d_bias, None, None, None, None
 
 

@@ -3,16 +3,15 @@
 from __future__ import annotations
 
 import json
-from dataclasses import asdict, dataclass, field
+from dataclasses import asdict, dataclass, field, replace
+from functools import partial
 from itertools import chain
 from pathlib import Path
 from typing import Any
 
 import torch
 
-from athanor.core import config as configs
-from athanor.core import io, plugins
-from athanor.core.device import Precision, default_device, seed_all
+from athanor.core import dist, io, plugins
 from athanor.core.errors import ConfigError
 from athanor.core.stage import Stage
 from athanor.data import pairs
@@ -20,16 +19,19 @@ from athanor.data.pack import fill
 from athanor.evals import translation
 from athanor.lm import LM
 from athanor.models import io as models
-from athanor.models.base import TokenIds
+from athanor.models.base import EncoderDecoder, TokenIds
 from athanor.objectives import seq2seq
-from athanor.optim.build import OptimConfig, build
-from athanor.optim.schedules import ScheduleConfig, schedule
+from athanor.optim.ema import EMA
+from athanor.optim.schedules import schedule
 from athanor.tokenizer.bpe import Tokenizer
 from athanor.train.loop import Hook, fit
-from athanor.train.monitor import heldout
-from athanor.train.regularise import dropout
+from athanor.train.monitor import Monitor, heldout
+from athanor.train.parallel import group
+from athanor.train.parallel.base import Alone
+from athanor.train.setup import TrainConfig, keywords, layout_of, ready, settings, whole
 from athanor.train.state import StateStore
 from athanor.train.watch import watching
+from athanor.types import Batch
 
 POSITIONAL = ("run",)
 
@@ -45,50 +47,39 @@ class Shape:
 
 
 @dataclass(frozen=True)
-class Config:
-    """What to learn from, and how.
-
-    Attributes:
-        run: run folder; the model goes to its `translate/`, translations to `translations/`
-        source: text to translate from: lines, or a .tsv or .jsonl with both sides; may be compressed (.gz, .bz2, .xz)
-        target: its translation
-        valid_source: held-out text; its loss is measured after each epoch
-        valid_target: its translation
-        test_source: text that is translated and measured at the end, too
-        test_target: its translation
-        lower: make all text small letters
-        vocab_size: tokens of the vocabulary that both languages share
-        max_tokens: longest side of a pair, and longest translation; longer pairs are left out and counted
-        arch: architecture: a file of `models/` that is an encoder-decoder
-        epochs: how often every pair is seen
-        batch_tokens: tokens of one update, both sides together
-        dropout: share of activations left out while training
-        precision: of the matrix products: bf16 or fp32
-        save_seconds: time between two saves of the training state; changes nothing else
-        seed: of weights, data order and dropout
-    """
-
+class Config(TrainConfig):
     run: Path
+    """Run folder; the model goes to its `translate/`, translations to `translations/`."""
     source: Path
+    """Text to translate from: lines, or a .tsv or .jsonl with both sides; may be compressed (.gz, .bz2, .xz)."""
     valid_source: Path
+    """Held-out text; its loss is measured after each epoch."""
     target: Path | None = None
+    """Its translation."""
     valid_target: Path | None = None
+    """Its translation."""
     test_source: Path | None = None
+    """Text that is translated and measured at the end, too."""
     test_target: Path | None = None
+    """Its translation."""
     lower: bool = False
+    """Make all text small letters."""
     vocab_size: int = 8000
+    """Tokens of the vocabulary that both languages share."""
     max_tokens: int = 128
+    """Longest side of a pair, and longest translation; longer pairs are left out and counted."""
     arch: str = "transformer"
+    """Architecture: a file of `models/` that is an encoder-decoder."""
     epochs: int = 10
-    batch_tokens: int = 4096
-    dropout: float = 0.1
-    precision: Precision = "bf16"
-    save_seconds: float = 15.0
-    seed: int = 0
+    """How often every pair is seen."""
+    steps: int = field(default=0, kw_only=True)
+    """Updates; 0 is as many as `epochs` come to."""
+    batch_tokens: int = field(default=4096, kw_only=True)
+    """Tokens of one update, both sides together."""
+    dropout: float = field(default=0.1, kw_only=True)
+    """Share of what sub-layers and embeddings give that is dropped in training."""
     shape: Shape = field(default_factory=Shape)
     objective: seq2seq.Config = seq2seq.Config(smoothing=0.1)
-    optim: OptimConfig = OptimConfig()
-    schedule: ScheduleConfig = ScheduleConfig()
     search: translation.Search = translation.Search()
 
 
@@ -97,10 +88,15 @@ def main(config: Config) -> int:
         raise ConfigError(f"epochs ({config.epochs}) must be at least 1, max_tokens ({config.max_tokens}) at least 2")
     if config.test_target and not config.test_source:
         raise ConfigError(f"test_target ({config.test_target}) has no test_source: give both sides")
+    layout = layout_of(config if config.steps else replace(config, steps=1))
     metric = translation.metric(config.search.tokenize, lower=config.lower)  # fails before training, not after
-    stage = Stage(config.run, "translate", configs.to_dict(config) | {"run": "", "save_seconds": None})
+    stage = Stage(config.run, "translate", settings(config))
     if stage.record is None:
-        _run(config, stage, metric)
+        group.start("translate", config, layout, config.run / "logs", config.restarts)
+        with group.strategy(layout) as strategy:
+            _run(config, stage, strategy, metric)
+            if not dist.is_main():
+                return 0
     r = stage.record or {}
     print(f"translate: {r['parameters']:,} parameters, {r['pairs']:,} pairs, held-out loss {r['curve'][-1]['heldout_loss']:.3f}")
     for name, b in r["bleu"].items():
@@ -111,32 +107,53 @@ def main(config: Config) -> int:
     return 0
 
 
-def _run(c: Config, stage: Stage, metric: Any) -> None:
+def _run(c: Config, stage: Stage, strategy: Alone, metric: Any) -> None:
     train, valid = (pairs.read(*sides, lower=c.lower) for sides in ((c.source, c.target), (c.valid_source, c.valid_target)))
     held = {"valid": valid} | ({"test": pairs.read(c.test_source, c.test_target, lower=c.lower)} if c.test_source else {})
     tokenizer = Tokenizer.train(chain.from_iterable(train), c.vocab_size)
-    model = _model(c, tokenizer).to(default_device())
     sides = {name: pairs.encode(part, tokenizer, max_tokens=c.max_tokens) for name, part in (("train", train), ("valid", valid))}
-    print("\n".join(f"{name}: {len(e.pairs):,} pairs; left out: {e.summary}" for name, e in sides.items()))
-    order, watched = (pairs.PairBatches(e.pairs, c.batch_tokens, tokenizer.bos_id, c.seed) for e in sides.values())
-    steps, objective = c.epochs * order.per_epoch, seq2seq.build(c.objective)
-    measure = heldout(model, objective, [watched.batch(i) for i in range(watched.per_epoch)], precision=c.precision)
+    if dist.is_main():
+        print("\n".join(f"{name}: {len(e.pairs):,} pairs; left out: {e.summary}" for name, e in sides.items()))
+    size = c.batch_tokens // c.accumulate
+    order, watched = (pairs.PairBatches(e.pairs, size, tokenizer.bos_id, c.seed) for e in sides.values())
+    per_epoch = -(-order.per_epoch // c.accumulate)
+    c = replace(c, steps=c.steps or c.epochs * per_epoch)
+
+    def batches(step: int) -> list[Batch]:
+        return [fill(order.batch(i)) for i in range(step * c.accumulate, (step + 1) * c.accumulate)]
+
+    objective = seq2seq.build(c.objective)
+    fresh = partial(_model, c, tokenizer)
+    model, optimizers = ready(fresh().to(strategy.device), c, strategy, objective, batches(0)[0])
+    texts = [watched.batch(i) for i in range(watched.per_epoch)]
+    measure = heldout(model, objective, texts, precision=c.precision, strategy=strategy)
+    monitor = Monitor(model, context=c.max_tokens, precision=c.precision, every=c.detail) if c.detail else None
+    ema = EMA(model, c.ema) if c.ema else None
     data = {"data": io.sha256_text(json.dumps([train, valid])), "tokenizer": tokenizer.hash}
-    store = StateStore(c.run / "state" / "translate", stage.settings | data | {"threads": torch.get_num_threads()})
-    seed_all(c.seed)
-    dropout(model, c.dropout)
-    with watching(c.run, "translate", steps, store) as tracker:
+    store = StateStore(c.run / "state" / "translate", stage.settings | data | {"threads": torch.get_num_threads()}, c.keep)
+    with watching(c.run, "translate", c.steps, store, c.sinks) as tracker:
         progress = fit(
-            model, objective, lambda step: [fill(order.batch(step))], build(model, c.optim, bf16=c.precision == "bf16"),
-            schedule(c.schedule, steps), steps=steps, precision=c.precision, store=store, save_seconds=c.save_seconds,
-            hooks=[Hook(lambda step: dict(measure(step)), order.per_epoch)], tracker=tracker,
-        )  # fmt: skip
-    LM(model, tokenizer).save(c.run / "translate", parent=None, corpus=data["data"])
-    out = c.run / "translations"
-    bleu = {n: translation.measure(model, tokenizer, p, c.search, metric, out / f"{n}.txt") for n, p in held.items()}
-    figures = {"parameters": model.n_parameters(), "pairs": len(sides["train"].pairs), "steps": steps, "bleu": bleu}
-    dropped = {name: {"empty": e.empty, "long": e.long} for name, e in sides.items()}
-    stage.finish(**figures, dropped=dropped, curve=progress.history, fit=progress.seconds)
+            model,
+            objective,
+            batches,
+            optimizers,
+            schedule(c.schedule, c.steps),
+            store=store,
+            hooks=[Hook(lambda step: dict(measure(step)), per_epoch)],
+            tracker=tracker,
+            monitor=monitor,
+            ema=ema,
+            **keywords(c, strategy),
+        )
+    trained = whole(fresh, model, optimizers, progress, store, strategy, ema)
+    if dist.is_main():
+        assert isinstance(trained, EncoderDecoder)
+        LM(trained, tokenizer).save(c.run / "translate", parent=None, corpus=data["data"])
+        out = c.run / "translations"
+        bleu = {n: translation.measure(trained, tokenizer, p, c.search, metric, out / f"{n}.txt") for n, p in held.items()}
+        figures: dict[str, Any] = {"parameters": trained.n_parameters(), "pairs": len(sides["train"].pairs), "bleu": bleu}
+        dropped = {name: {"empty": e.empty, "long": e.long} for name, e in sides.items()}
+        stage.finish(**figures, steps=progress.step, dropped=dropped, curve=progress.history, fit=progress.seconds)
     store.clear()
 
 

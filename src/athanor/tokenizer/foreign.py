@@ -180,7 +180,10 @@ class _Pieces:
 
     def __init__(self, tokenizer: ForeignTokenizer, before: Sequence[int]) -> None:
         self._tokenizer = tokenizer
-        self._known = list(before[-_WINDOW:])
+        n = _WINDOW
+        while "\ufffd" in tokenizer.decode(before[-n:]) and n < len(before):  # a cut within a character spoils all bytes after it
+            n *= 2
+        self._known = list(before[-n:])
         self._new: list[int] = []
 
     def push(self, id: int) -> str:

@@ -22,6 +22,7 @@ from torch.utils.checkpoint import CheckpointPolicy, create_selective_checkpoint
 from torch.utils.checkpoint import checkpoint as checkpointed
 
 from athanor.core.errors import ConfigError, nearest
+from athanor.nn.feedforward import FeedForward, GatedFeedForward
 from athanor.nn.moe import MixtureOfExperts
 from athanor.nn.recurrent import Recurrent
 from athanor.nn.sdpa import Scoring
@@ -55,6 +56,9 @@ def checkpoint(model: nn.Module, how: How) -> None:
             if block._compiled_call_impl is not None:
                 raise ConfigError("the blocks of this model are compiled already: checkpoint them first, then compile")
             block.forward = Lean(block, how, block is stack[0])
+            for module in block.modules():
+                if isinstance(module, (FeedForward, GatedFeedForward)):
+                    module.recompute = False  # once is enough
 
 
 class Lean:
