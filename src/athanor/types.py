@@ -94,15 +94,43 @@ class Batch:
 
 
 @dataclass(frozen=True, slots=True)
-class SamplingParams:
-    """How tokens are chosen.
+class Structure:
+    """The form that an answer must have.
 
-    temperature  0 is greedy; log-probabilities are of softmax(logits / temperature), untruncated (of softmax(logits) when greedy)
-    top_p        smallest set of tokens whose probability reaches top_p; 1 is all
-    top_k        the k most probable tokens; 0 is all
-    max_tokens   new tokens at most
-    stop         texts that end the answer; they are not part of it
-    seed         same seed, same text, whatever else is in the batch
+    kind   json_schema (value: the schema as JSON text), json (any object; value ""), regex, choice (value: the choices as a JSON
+           list of texts) or grammar (Lark)
+    value  what describes it
+    """
+
+    kind: Literal["json_schema", "json", "regex", "choice", "grammar"]
+    value: str
+
+
+@dataclass(frozen=True, slots=True)
+class SamplingParams:
+    """How tokens are chosen. What changes logits comes in this order: logit_bias, bad and allowed tokens, the three penalties,
+    temperature, then top_k, top_p and min_p.
+
+    temperature         0 is greedy; log-probabilities are of softmax(logits / temperature), unchanged and untruncated (of
+                        softmax(logits) when greedy)
+    top_p               smallest set of tokens whose probability reaches top_p; 1 is all
+    top_k               the k most probable tokens; 0 is all
+    max_tokens          new tokens at most
+    stop                texts that end the answer; they are not part of it
+    seed                same seed, same text, whatever else is in the batch
+    min_p               tokens at least min_p times as probable as the most probable one; 0 is all
+    repetition_penalty  by it logits of tokens of prompt and answer are divided where positive, multiplied where not; 1 is off
+    presence_penalty    taken from the logit of each token of the answer so far
+    frequency_penalty   taken from it as often as the token stands there
+    logit_bias          (token, what is added to its logit)
+    allowed_ids         tokens that may be chosen at all; None is all
+    bad_words           texts that never appear in the answer
+    stop_ids            tokens that end the answer, beside those that always do; they are part of `ids`, not of the text
+    min_tokens          tokens before any end or stop
+    ignore_eos          whether tokens that end a text do not end it
+    logprobs            how many most probable tokens are told for each new one; None tells none
+    prompt_logprobs     likewise for each token of the prompt
+    structure           the form that the answer must have
     """
 
     temperature: float = 1.0
@@ -111,28 +139,80 @@ class SamplingParams:
     max_tokens: int = 128
     stop: tuple[str, ...] = ()
     seed: int = 0
+    min_p: float = 0.0
+    repetition_penalty: float = 1.0
+    presence_penalty: float = 0.0
+    frequency_penalty: float = 0.0
+    logit_bias: tuple[tuple[int, float], ...] = ()
+    allowed_ids: tuple[int, ...] | None = None
+    bad_words: tuple[str, ...] = ()
+    stop_ids: tuple[int, ...] = ()
+    min_tokens: int = 0
+    ignore_eos: bool = False
+    logprobs: int | None = None
+    prompt_logprobs: int | None = None
+    structure: Structure | None = None
 
 
 @dataclass(frozen=True, slots=True)
 class Request:
-    """A prompt of token ids to be continued."""
+    """A prompt of token ids to be continued.
+
+    priority  requests of a lower one go first; equal ones in the order in which they came
+    """
 
     id: str
     prompt_ids: Sequence[int]
     params: SamplingParams = field(default_factory=SamplingParams)
+    priority: int = 0
 
 
 FinishReason = Literal["stop", "length", "abort"]
 
 
 @dataclass(frozen=True, slots=True)
+class TokenLogprob:
+    """One token and what else could have stood there, under softmax(logits): temperature 1, nothing changed or left out.
+
+    id       the token
+    logprob  its log-probability
+    top      (token, log-probability) of the most probable ones, most probable first
+    """
+
+    id: int
+    logprob: float
+    top: tuple[tuple[int, float], ...]
+
+
+@dataclass(frozen=True, slots=True)
+class Timing:
+    """When things happened to a request, by time.perf_counter(); seconds.
+
+    added    it came
+    started  it was first computed
+    first    its first token was there
+    ended    its last
+    """
+
+    added: float
+    started: float
+    first: float
+    ended: float
+
+
+@dataclass(frozen=True, slots=True)
 class Completion:
     """What the engine made of a Request.
 
-    ids       new tokens, the end-of-turn token included when it was produced
-    logprobs  log-probability of each of them under the distribution of SamplingParams.temperature
-    text      their text: content of the answer, reasoning and control tokens left out; cut before a stop text
-    reasoning what stood between <think> and </think>, or None
+    ids              new tokens, the end-of-turn token included when it was produced
+    logprobs         log-probability of each of them under the distribution of SamplingParams.temperature
+    text             their text: content of the answer, reasoning and control tokens left out; cut before a stop text
+    reasoning        what stood between <think> and </think>, or None
+    stop_reason      the stop text or the token of stop_ids that ended it; None for any other end
+    top_logprobs     of each new token, where SamplingParams.logprobs asks for them
+    prompt_logprobs  of each token of the prompt but the first, of which there is None
+    cached           tokens of the prompt that were not computed, since another request had them
+    timing           None where nobody measured
     """
 
     request_id: str
@@ -142,6 +222,11 @@ class Completion:
     text: str
     reasoning: str | None
     finish_reason: FinishReason
+    stop_reason: str | int | None = None
+    top_logprobs: Sequence[TokenLogprob] | None = None
+    prompt_logprobs: Sequence[TokenLogprob | None] | None = None
+    cached: int = 0
+    timing: Timing | None = field(default=None, compare=False)
 
 
 @dataclass(frozen=True, slots=True)

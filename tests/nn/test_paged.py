@@ -6,7 +6,7 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from athanor.models import io
-from athanor.nn.cache import KV
+from athanor.nn.cache import KV, State
 from athanor.nn.context import Causal
 from athanor.nn.paged import Paged, PagedCache
 from tests.models.reference import cases, config_of
@@ -77,5 +77,7 @@ def test_any_cut_and_any_order_of_blocks(data, size, seed):
 
 
 def test_a_block_costs_what_its_layers_keep():
-    cache = PagedCache([KV(2, 8, 8), KV(1, 12, 0)], 5, 16, 1, torch.bfloat16, CPU)
-    assert cache.bytes_per_block() == 16 * 2 * (2 * (8 + 8) + 12)
+    layers = [KV(2, 8, 8), KV(1, 12, 0), State(7)]
+    cache = PagedCache(layers, 5, 16, 1, torch.bfloat16, CPU)
+    held = sum(x.nbytes for x in (*cache.keys, *cache.values) if x is not None)
+    assert 5 * 16 * PagedCache.bytes_per_token(layers, torch.bfloat16) == held == 5 * 16 * 2 * (2 * (8 + 8) + 12)

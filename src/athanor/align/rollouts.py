@@ -6,7 +6,7 @@ Tokens go from the engine to the trainer as they are; nothing is decoded and enc
 from __future__ import annotations
 
 from collections.abc import Callable, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from statistics import fmean
 
 import torch
@@ -49,8 +49,7 @@ def roll_out(
     for p, ids in enumerate(prompts):
         for g in range(group_size):
             seed = (params.seed * 1_000_003 + p) * 1_009 + g
-            own = SamplingParams(params.temperature, params.top_p, params.top_k, params.max_tokens, params.stop, seed)
-            requests.append(Request(f"{p}/{g}", ids, own))
+            requests.append(Request(f"{p}/{g}", ids, replace(params, seed=seed)))
     completions = engine.generate(requests)
     groups = []
     for p in range(len(prompts)):

@@ -13,7 +13,7 @@ from dataclasses import dataclass
 import torch
 
 from athanor.core.errors import ConfigError, RequestError
-from athanor.infer.runner import Runner
+from athanor.infer.rows import Rows
 from athanor.models.base import CausalLM, EncoderDecoder
 
 
@@ -78,7 +78,7 @@ def beam_search(model: CausalLM | EncoderDecoder, prompt: Sequence[int], how: Be
     kept = max(2, 1 + len(eos)) * how.beams  # so many that even if all beams end, as many go on
     if how.beams > model.config.vocab_size - len(eos):
         raise RequestError(f"beams ({how.beams}) is too many for a vocabulary of {model.config.vocab_size}: use fewer", "beams")
-    runner = Runner(model)
+    runner = Rows(model)
     logits = runner.prefill([start] * how.beams, 0, sources)
     running, finished = [Answer()] * how.beams, list[Answer]()
     # All beams begin equal: only the first may be extended.

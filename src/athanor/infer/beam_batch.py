@@ -13,7 +13,7 @@ import torch
 
 from athanor.core.device import Precision
 from athanor.infer.beam import Answer, Beams, _can_improve, _check, beam_search
-from athanor.infer.runner import Runner
+from athanor.infer.rows import Rows
 from athanor.models.base import CausalLM, EncoderDecoder
 
 __all__ = ["beam_search_batch"]
@@ -111,7 +111,7 @@ def _together(
 ) -> list[Answer]:
     beams, vocabulary = how.beams, model.config.vocab_size
     kept = min(max(2, 1 + len(eos)) * beams, beams * vocabulary)  # so many that even if all beams end, as many go on
-    runner = Runner(model, precision)
+    runner = Rows(model, precision)
     each = [list(p) for p in prompts for _ in range(beams)]
     logits = runner.prefill([start] * len(each) if start else each, 0, each if start else None)
     live = [_Search(i, len(start or p), limits[i], [Answer()] * beams) for i, p in enumerate(prompts)]

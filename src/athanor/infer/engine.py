@@ -2,39 +2,83 @@
 
 from __future__ import annotations
 
-import math
+import os
+import time
 from collections.abc import Callable, Iterable
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 
+import torch
 from torch import Tensor
 
 from athanor.core.device import Precision
 from athanor.core.errors import ConfigError, RequestError
-from athanor.infer.runner import Runner
-from athanor.infer.sampling import sample
-from athanor.infer.scheduler import Scheduler
+from athanor.infer.asked import bad_words, check
+from athanor.infer.blocks import Blocks
+from athanor.infer.runner import Part, Runner
+from athanor.infer.sampling import Row, sample, top_logprobs
+from athanor.infer.scheduler import Scheduler, Work
 from athanor.infer.sequence import Sequence
 from athanor.models.base import CausalLM, EncoderDecoder
+from athanor.nn.cache import KV
+from athanor.nn.paged import PagedCache
 from athanor.tokenizer.stream import StreamDecoder
 from athanor.tokenizer.vocabulary import Vocabulary
-from athanor.types import Completion, Request
+from athanor.types import Completion, Request, TokenLogprob
+
+BLOCK = 16  # tokens of a block of the cache: of a sequence of 256 tokens 3 % of its blocks is empty on average
+_TOLD = 256  # tokens of a prompt whose log-probabilities are made at once
 
 
 @dataclass(frozen=True, slots=True)
 class Chunk:
-    """New text of one request; `completion` comes with the last."""
+    """What is new of one request.
+
+    content, reasoning  text
+    completion          the whole answer, with the last chunk
+    ids                 tokens since the last chunk, whether or not their text is certain yet
+    logprobs            of each of them, where SamplingParams.logprobs asks for them
+    """
 
     request_id: str
     content: str
     reasoning: str
     completion: Completion | None
+    ids: tuple[int, ...] = ()
+    logprobs: tuple[TokenLogprob, ...] = ()
+
+
+@dataclass(slots=True)
+class Stats:
+    """What the engine is doing and has done; counters only grow.
+
+    running, waiting   requests
+    cache_usage        share of the cache's blocks that running requests hold
+    preemptions        times that a running request had to give its blocks back
+    prefix_queries     tokens of prompts that were looked up in the prefix cache
+    prefix_hits        of them, those that were found
+    prompt_tokens      of requests that were started
+    generation_tokens  new ones
+    steps              of the engine
+    step_tokens        that its last step computed
+    """
+
+    running: int = 0
+    waiting: int = 0
+    cache_usage: float = 0.0
+    preemptions: int = 0
+    prefix_queries: int = 0
+    prefix_hits: int = 0
+    prompt_tokens: int = 0
+    generation_tokens: int = 0
+    steps: int = 0
+    step_tokens: int = 0
 
 
 class Engine:
-    """Answers requests; a request joins the batch as soon as a row is free and leaves it when it is done.
+    """Answers requests: they share one batch and one paged cache, join as soon as there is room and leave when they are done.
 
     Not thread-safe: one thread drives it. An answer ends with a token that ends one, a stop text, max_tokens or a full
-    context.
+    context. Prompts that begin alike are computed once (`share`); what is remembered of them goes when the weights change.
 
     Args:
         model: shared with whoever trains it; read at every step.
@@ -42,9 +86,13 @@ class Engine:
         max_batch: sequences that run at once.
         max_len: tokens of prompt and answer at most; the model's context by default.
         precision: of the matrix products.
+        cache_tokens: that the cache holds, of all sequences together; by default `max_batch` x `max_len` of them, or as many as
+            fit into a half of the memory that is free. Where it is full, requests wait, or run later once more.
+        step_tokens: tokens of one step at most: longer prompts are computed in parts, and nobody's answer waits for them.
+        share: whether beginnings of prompts that were computed before are read from the cache.
 
     Raises:
-        ConfigError: max_batch or max_len out of range.
+        ConfigError: a number out of range; a cache that does not hold one sequence.
     """
 
     def __init__(
@@ -55,6 +103,9 @@ class Engine:
         max_batch: int = 64,
         max_len: int | None = None,
         precision: Precision = "fp32",
+        cache_tokens: int | None = None,
+        step_tokens: int = 2048,
+        share: bool = True,
     ) -> None:
         context = getattr(model.config, "cached_positions", model.config.max_positions)
         if max_batch < 1:
@@ -63,13 +114,12 @@ class Engine:
             raise ConfigError(
                 f"max_len ({max_len}) must lie between 2 (a token of prompt and one of answer) and {context}, the model's context"
             )
+        if step_tokens < 1:
+            raise ConfigError(f"step_tokens ({step_tokens}) must be at least 1")
         self.tokenizer = tokenizer
         self.end_ids = frozenset(model.token_ids.eos) or frozenset(() if tokenizer.end_id is None else (tokenizer.end_id,))
-        self.max_len = max_len or context
-        self.scheduler = Scheduler(max_batch)
-        self.runner = Runner(model, precision)
+        self._context, self.max_len = context, max_len or context
         self.vocab_size = model.config.vocab_size
-        self._ids: set[str] = set()
         self._start: tuple[int, ...] = ()  # what answers begin with, where the prompt is a source
         if isinstance(model, EncoderDecoder):
             self._start = model.token_ids.start
@@ -78,48 +128,85 @@ class Engine:
                     "the model's config.json names no decoder_start_token_id, with which an encoder-decoder's answers begin:"
                     " add it"
                 )
+        layers = model.cache_layers()
+        # What a recurrent layer keeps belongs to a sequence, and answers to other sources begin with the same tokens.
+        share = share and not self._start and all(isinstance(layer, KV) for layer in layers)
+        blocks = Blocks(self._count(model, max_batch, precision, cache_tokens), BLOCK, share=share)
+        self.scheduler = Scheduler(blocks, max_batch, max(step_tokens, max_batch))
+        self.runner = Runner(model, blocks.count + 1, BLOCK, max_batch, precision)
+        self._model = model
+        self._ids: set[str] = set()
+        self._weights = 0
+        self._counts = Stats()
+
+    def _count(self, model: CausalLM | EncoderDecoder, max_batch: int, precision: Precision, tokens: int | None) -> int:
+        """Blocks of the cache."""
+        least = -(-self.max_len // BLOCK)
+        if tokens is not None:
+            if tokens < least * BLOCK:
+                raise ConfigError(
+                    f"cache_tokens ({tokens}) must hold one sequence of max_len ({self.max_len}) tokens, {least * BLOCK} in whole"
+                    " blocks: raise it, or lower max_len"
+                )
+            return tokens // BLOCK
+        dtype = torch.bfloat16 if precision == "bf16" else torch.float32
+        size = BLOCK * PagedCache.bytes_per_token(model.cache_layers(), dtype)
+        fitting = free_memory(model.device) // 2 // size if size else least * max_batch
+        return max(least, min(least * max_batch, fitting))
 
     @property
     def has_work(self) -> bool:
         """Whether a step would do anything: a request is waiting, running, or aborted and not yet reported."""
         return self.scheduler.has_work
 
+    def stats(self) -> Stats:
+        """What it is doing and has done."""
+        s = self.scheduler
+        return replace(
+            self._counts,
+            running=len(s.running),
+            waiting=len(s.waiting),
+            cache_usage=s.blocks.usage,
+            preemptions=s.preemptions,
+            prefix_queries=s.queries,
+            prefix_hits=s.hits,
+        )
+
     def add(self, request: Request) -> None:
         """Queue a request. Raises RequestError naming the field that is out of range."""
-        check(request, self.max_len, self.vocab_size)
+        check(request, self._context if self._start else self.max_len, self.vocab_size, not self._start)
         if request.id in self._ids:
             raise RequestError(f"request id {request.id!r} is already being answered: give each request its own", "id")
-        sequence = Sequence(
-            request, StreamDecoder(self.tokenizer, request.params.stop, () if self._start else request.prompt_ids), self._start
-        )
+        decoder = StreamDecoder(self.tokenizer, request.params.stop, () if self._start else request.prompt_ids)
+        sequence = Sequence(request, decoder, self._start)
+        sequence.words = bad_words(self.tokenizer, request.params.bad_words)
         self._ids.add(request.id)
-        self.scheduler.waiting.append(sequence)
+        self.scheduler.add(sequence)
 
     def abort(self, request_id: str) -> None:
         """End a request early; its last chunk comes from the next step. Unknown ids (already finished) are no error."""
         self.scheduler.drop(request_id)
 
+    def forget(self) -> None:
+        """Compute beginnings of prompts anew: for whoever changes weights in a way that PyTorch does not count (`.data`)."""
+        self.scheduler.blocks.forget()
+
     def step(self, stream: bool = True) -> list[Chunk]:
-        """Schedule, run, post-process: one new token for every running request, and the first of every one that finds a row.
+        """Schedule, run, post-process: a new token for every running request, or the next part of its prompt.
 
         Without `stream` a request has one chunk, its last: no text is decoded while nobody reads it.
         """
         chunks = self._retire()  # what was aborted between steps
-        running = self.scheduler.running
-        if running:
-            logits = self.runner.decode([s.ids[-1] for s in running], [s.length - 1 for s in running])
-            self._extend(running, logits)
-            chunks += self._retire()  # their rows are free for those that wait
-        started = self.scheduler.admit()
-        if started:
-            first = len(self.scheduler.running) - len(started)
-            sources = [s.request.prompt_ids for s in started] if self._start else None
-            self._extend(started, self.runner.prefill([s.start for s in started], first, sources))
-        for s in self.scheduler.running if stream else ():
-            if not s.finish_reason:
-                content, reasoning = s.take()
-                if content or reasoning:
-                    chunks.append(Chunk(s.request.id, content, reasoning, None))
+        self._see_weights()
+        work = self.scheduler.schedule()
+        if work:
+            self._extend(work, self.runner.run([self._part(*w) for w in work]))
+        for w in work if stream else ():
+            if not w.sequence.finish_reason:
+                content, reasoning = w.sequence.take()
+                ids, top = w.sequence.tell()
+                if content or reasoning or ids:
+                    chunks.append(Chunk(w.sequence.request.id, content, reasoning, None, ids, top))
         return chunks + self._retire()
 
     def generate(self, requests: Iterable[Request], progress: Callable[[int], None] | None = None) -> list[Completion]:
@@ -149,41 +236,91 @@ class Engine:
                 progress(len(done))
         return [done[id] for id in order]
 
-    def _extend(self, sequences: list[Sequence], logits: Tensor) -> None:
-        tokens, logprobs = sample(logits, [s.request.params for s in sequences], [len(s.ids) for s in sequences])
-        for s, token, logprob in zip(sequences, tokens.tolist(), logprobs.tolist(), strict=True):
+    def _see_weights(self) -> None:
+        """What was computed with other weights must not be read: PyTorch counts changes of each tensor."""
+        weights = sum(p._version for p in self._model.parameters())
+        if weights != self._weights:
+            self._weights = weights
+            self.forget()
+
+    def _part(self, sequence: Sequence, count: int) -> Part:
+        """What the runner computes for a piece of work."""
+        begin = sequence.computed
+        if sequence.started is None:
+            sequence.started = time.perf_counter()
+            self._counts.prompt_tokens += len(sequence.request.prompt_ids)
+        tokens = (sequence.tokens[begin:] + sequence.draft)[:count] if sequence.draft else sequence.tokens[begin : begin + count]
+        source = sequence.request.prompt_ids if self._start and not begin else None
+        return Part(tokens, begin, sequence.table, sequence.slot or 0, self._wanted(sequence, count), source)
+
+    def _wanted(self, sequence: Sequence, count: int) -> int:
+        """Of how many of the next `count` tokens what follows is asked."""
+        end = sequence.computed + count
+        if sequence.request.params.prompt_logprobs is not None and len(sequence.prompt_logprobs) < len(sequence.start):
+            return count
+        return max(0, end - sequence.length + 1)
+
+    def _extend(self, work: list[Work], hidden: Tensor) -> None:
+        """Post-process: what was computed is known to be, prompts are told their log-probabilities, and new tokens are chosen."""
+        self._counts.steps += 1
+        self._counts.step_tokens = sum(w.tokens for w in work)
+        pieces = hidden.split([self._wanted(*w) for w in work])
+        ready: list[Sequence] = []
+        last: list[Tensor] = []
+        for w, piece in zip(work, pieces, strict=True):
+            sequence = w.sequence
+            if sequence.request.params.prompt_logprobs is not None and len(sequence.prompt_logprobs) < len(sequence.start):
+                self._tell_prompt(sequence, piece)
+            self.scheduler.computed(w)
+            if sequence.computed == sequence.length:
+                ready.append(sequence)
+                last.append(piece[-1:])
+        if not ready:
+            return
+        logits = self.runner.logits(torch.cat(last))
+        tokens, logprobs = sample(logits, [self._row(s) for s in ready])
+        chosen = tokens.tolist()
+        asked = [i for i, s in enumerate(ready) if s.request.params.logprobs is not None]
+        if asked:
+            counts = [ready[i].request.params.logprobs or 0 for i in asked]
+            told = top_logprobs(logits[asked], [chosen[i] for i in asked], counts)
+            for i, one in zip(asked, told, strict=True):
+                ready[i].top_logprobs.append(one)
+        for s, token, logprob in zip(ready, chosen, logprobs.tolist(), strict=True):
             s.append(token, logprob, self.end_ids, self.max_len)
+            self._counts.generation_tokens += 1
+
+    def _row(self, sequence: Sequence) -> Row:
+        """What the sampler has to know of a sequence."""
+        params, banned = sequence.request.params, list[int]()
+        if len(sequence.ids) < params.min_tokens:
+            banned += [*self.end_ids, *params.stop_ids]
+        for *before, word in sequence.words:
+            if not before or sequence.ids[-len(before) :] == before:
+                banned.append(word)
+        return Row(params, len(sequence.ids), banned, None, sequence.request.prompt_ids, sequence.ids)
+
+    def _tell_prompt(self, sequence: Sequence, hidden: Tensor) -> None:
+        """Log-probabilities of the prompt's next tokens, from what the model made of those before them."""
+        wanted = sequence.request.params.prompt_logprobs or 0
+        known = sequence.prompt_logprobs = sequence.prompt_logprobs or [None]
+        hidden = hidden[len(known) - sequence.computed - 1 :]  # what was preempted is computed once more, but told already
+        targets = list(sequence.start[len(known) : len(known) + len(hidden)])
+        for first in range(0, len(targets), _TOLD):
+            some = targets[first : first + _TOLD]
+            known += top_logprobs(self.runner.logits(hidden[first : first + len(some)]), some, [wanted] * len(some))
 
     def _retire(self) -> list[Chunk]:
-        finished, moves = self.scheduler.retire()
-        if moves:
-            self.runner.move(moves, max(s.length for s in self.scheduler.running))
         chunks = []
-        for s in finished:
+        for s in self.scheduler.retire():
             content, reasoning = s.take()
             self._ids.discard(s.request.id)
-            chunks.append(Chunk(s.request.id, content, reasoning, s.completion(self.tokenizer.think_id)))
+            chunks.append(Chunk(s.request.id, content, reasoning, s.completion(self.tokenizer.think_id), *s.tell()))
         return chunks
 
 
-def check(request: Request, max_len: int, vocab_size: int) -> None:
-    """Raise RequestError, naming field, value, rule and remedy, for a request that cannot be answered."""
-    p, n = request.params, len(request.prompt_ids)
-    if n == 0:
-        raise RequestError("the prompt is empty: give at least one token (the beginning-of-text token will do)", "messages")
-    if n >= max_len:
-        raise RequestError(
-            f"the prompt has {n} tokens and the context holds {max_len}, with room for one answer token at least:"
-            f" shorten it by {n - max_len + 1} tokens",
-            "messages",
-        )
-    if not all(0 <= i < vocab_size for i in request.prompt_ids):
-        raise RequestError(f"the prompt holds token ids outside [0, {vocab_size}): it was made by another tokenizer", "messages")
-    if p.max_tokens < 1:
-        raise RequestError(f"max_tokens ({p.max_tokens}) must be at least 1", "max_tokens")
-    if not (math.isfinite(p.temperature) and p.temperature >= 0):
-        raise RequestError(f"temperature ({p.temperature}) must be a finite number, 0 (greedy) or more", "temperature")
-    if not 0 < p.top_p <= 1:
-        raise RequestError(f"top_p ({p.top_p}) must lie in (0, 1]", "top_p")
-    if p.top_k < 0:
-        raise RequestError(f"top_k ({p.top_k}) must be 0 (all tokens) or more", "top_k")
+def free_memory(device: torch.device) -> int:
+    """Bytes of memory that nothing uses."""
+    if device.type == "cuda":
+        return torch.cuda.mem_get_info(device)[0]
+    return os.sysconf("SC_PAGE_SIZE") * os.sysconf("SC_AVPHYS_PAGES")

@@ -1,26 +1,41 @@
-"""Runs the model for the engine: prompts into the cache, then one token per row and step."""
+"""Runs the model for the engine: parts of many sequences at once, over one paged cache."""
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Hashable, Iterable, Sequence
+from itertools import accumulate, chain
+from typing import NamedTuple
 
 import torch
 from torch import Tensor
 
 from athanor.core.device import Precision, autocast
 from athanor.models.base import CausalLM, EncoderDecoder
-from athanor.nn.cache import Decode, KVCache, Prefill
 from athanor.nn.context import Memory, Packed
+from athanor.nn.paged import Paged, PagedCache, Sources
 
 # In bf16, rows that no sequence owns are read along up to a multiple of this: few shapes, for each of which oneDNN
 # prepares code.
 _ROWS = 16
 
 
-def _laid_end_to_end(sequences: Sequence[Sequence[int]], device: torch.device) -> tuple[Tensor, Tensor]:
-    """ids (1, N) and lengths (S,)."""
-    lengths = torch.tensor([len(s) for s in sequences], device=device)
-    return torch.tensor([[token for s in sequences for token in s]], device=device), lengths
+class Part(NamedTuple):
+    """Tokens of one sequence that are to be computed.
+
+    tokens  new ones
+    start   how many stand before them in the cache
+    table   blocks that hold these and will hold those
+    slot    of its recurrent state, and of what cross attention reads
+    wanted  of how many of them, the last ones, hidden states are wanted
+    source  what an encoder-decoder answers, where this is the first that is computed
+    """
+
+    tokens: Sequence[int]
+    start: int
+    table: Sequence[int]
+    slot: int
+    wanted: int
+    source: Sequence[int] | None = None
 
 
 class Runner:
@@ -28,64 +43,97 @@ class Runner:
 
     Args:
         model: in the state in which it answers; the very module that is trained.
+        blocks: of the cache, the one that belongs to nobody included.
+        size: tokens of a block.
+        slots: sequences at once.
         precision: of the matrix products.
     """
 
-    def __init__(self, model: CausalLM | EncoderDecoder, precision: Precision = "fp32") -> None:
+    def __init__(
+        self, model: CausalLM | EncoderDecoder, blocks: int, size: int, slots: int, precision: Precision = "fp32"
+    ) -> None:
         self.model, self.precision = model, precision
         dtype = torch.bfloat16 if precision == "bf16" else torch.float32
-        cross = model.cross_layers() if isinstance(model, EncoderDecoder) else None
-        self.cache = KVCache(model.cache_layers(), dtype, model.device, cross)
+        self.cache = PagedCache(model.cache_layers(), blocks, size, slots + 1, dtype, model.device)
+        self._idle_slot = slots
+        self.sources = None
+        if isinstance(model, EncoderDecoder):
+            self.sources = Sources(model.cross_layers(), slots + 1, dtype, model.device)
 
     @torch.inference_mode()
-    def prefill(self, prompts: Sequence[Sequence[int]], first_row: int, sources: Sequence[Sequence[int]] | None = None) -> Tensor:
-        """Read prompts into rows `first_row`, `first_row` + 1, ...; equal ones are computed once.
-
-        Args:
-            prompts: what each answer goes on from.
-            first_row: row of the first.
-            sources: what an encoder-decoder's answers are to, one for each prompt.
-
-        Returns:
-            logits of the token that follows each prompt, (prompts, V) float32.
-        """
-        device = self.model.device
-        longest = max(len(p) for p in prompts)
-        whole = [(tuple(p), tuple(s)) for p, s in zip(prompts, sources or [()] * len(prompts), strict=True)]
-        unique: dict[tuple[tuple[int, ...], tuple[int, ...]], int] = {}
-        which = [unique.setdefault(w, len(unique)) for w in whole]
-        self.cache.reserve(first_row + len(prompts), longest, max(len(s) for _, s in whole))
-        owner = {u: row for row, u in reversed(list(enumerate(which)))}  # first row of each unique prompt
-        rows = torch.tensor([first_row + owner[u] for u in range(len(unique))], device=device)
-        ids, lengths = _laid_end_to_end([p for p, _ in unique], device)
-        with autocast(device, self.precision):
-            memory = None
-            if isinstance(self.model, EncoderDecoder):
-                source, source_lengths = _laid_end_to_end([s for _, s in unique], device)
-                memory = Memory(self.model.encode(source, Packed(source_lengths, causal=False)), source_lengths)
-            hidden = self.model.hidden(ids, Prefill(self.cache, rows, lengths, memory))[0]
-            last = hidden.index_select(0, lengths.cumsum(0) - 1)
-            logits = self.model.logits(last).float()
-        copies = [(first_row + owner[u], first_row + i) for i, u in enumerate(which) if owner[u] != i]
+    def run(self, parts: Sequence[Part]) -> Tensor:
+        """Hidden states (sum of `wanted`, D): single tokens in one pass, parts of prompts in another; equal prompts once."""
+        first: dict[Hashable, int] = {}
+        same = [first.setdefault(self._identity(i, part), i) for i, part in enumerate(parts)]
+        found: list[Tensor] = [torch.empty(0)] * len(parts)
+        for single in (True, False):
+            some = [i for i, p in enumerate(parts) if same[i] == i and (len(p.tokens) == 1 and p.source is None) == single]
+            if some:
+                hidden = self._pass([parts[i] for i in some])
+                for i, piece in zip(some, hidden.split([parts[i].wanted for i in some]), strict=True):
+                    found[i] = piece
+        copies = [(parts[a], parts[i]) for i, a in enumerate(same) if a != i]
         if copies:
-            source_rows, target_rows = torch.tensor(copies, device=device).unbind(1)
-            self.cache.copy_rows(source_rows, target_rows, longest)
-        return logits[torch.tensor(which, device=device)]
+            self._copy(copies)
+        return torch.cat([found[a] for a in same])
+
+    @staticmethod
+    def _identity(i: int, part: Part) -> Hashable:
+        """Equal for parts that are the whole beginning of the same text; of others their own."""
+        return i if part.start else (tuple(part.tokens), tuple(part.source or ()), part.wanted)
+
+    def _copy(self, pairs: Sequence[tuple[Part, Part]]) -> None:
+        """Give the second of each pair what the first has in the cache."""
+
+        def numbers(values: Iterable[int]) -> Tensor:
+            return torch.tensor(list(values), device=self.model.device)
+
+        source, target = (numbers(chain.from_iterable(pair[k].table for pair in pairs)) for k in (0, 1))
+        self.cache.copy(source, target, *(numbers(pair[k].slot for pair in pairs) for k in (0, 1)))
+        if self.sources is not None:
+            self.sources.copy(*(numbers(pair[k].slot for pair in pairs) for k in (0, 1)))
 
     @torch.inference_mode()
-    def decode(self, tokens: Sequence[int], lengths: Sequence[int]) -> Tensor:
-        """Read one token into each of the first R rows, which hold `lengths` tokens: logits of the next, (R, V) float32."""
-        device, rows = self.model.device, len(tokens)
-        idle = -rows % _ROWS if rows > _ROWS and self.precision == "bf16" else 0
-        self.cache.reserve(rows + idle, max(lengths) + 1)
-        ctx = Decode(self.cache, torch.tensor([*lengths, *[0] * idle], device=device))
+    def logits(self, hidden: Tensor) -> Tensor:
+        """(N, D) -> (N, V) float32."""
+        rows = hidden.shape[0]
+        with autocast(self.model.device, self.precision):
+            if self.precision == "bf16" and rows > _ROWS and rows % _ROWS:
+                hidden = torch.cat((hidden, hidden.new_zeros(-rows % _ROWS, hidden.shape[1])))
+            return self.model.logits(hidden)[:rows].float()
+
+    def _pass(self, parts: list[Part]) -> Tensor:
+        device, single = self.model.device, len(parts[0].tokens) == 1
+        rows = len(parts)
+        if single and rows > _ROWS and rows % _ROWS and self.precision == "bf16":
+            parts = parts + [Part((0,), 0, (0,), self._idle_slot, 0)] * (-rows % _ROWS)
+        longest = max(len(part.table) for part in parts)
+        tables = torch.tensor([[*part.table, *[0] * (longest - len(part.table))] for part in parts], device=device)
+        starts = torch.tensor([part.start for part in parts], device=device)
+        lengths = [len(part.tokens) for part in parts]
+        slots = torch.tensor([part.slot for part in parts], device=device)
+        ids = torch.tensor([[token for part in parts for token in part.tokens]], device=device)
         with autocast(device, self.precision):
-            hidden = self.model.hidden(torch.tensor([*tokens, *[0] * idle], device=device).unsqueeze(1), ctx)
-            return self.model.logits(hidden[:, 0])[:rows].float()
+            if self.sources is not None:
+                self._read_sources(parts)
+            ctx = Paged(self.cache, tables, starts, torch.tensor(lengths, device=device), slots, self.sources)
+            hidden = self.model.hidden(ids, ctx)[0]
+        ends = accumulate(lengths)
+        wanted = [i for part, end in zip(parts, ends, strict=True) for i in range(end - part.wanted, end)]
+        return (
+            hidden
+            if len(wanted) == len(hidden)
+            else hidden.index_select(0, torch.tensor(wanted, device=device, dtype=torch.int64))
+        )
 
-    @torch.inference_mode()
-    def move(self, moves: Sequence[tuple[int, int]], positions: int) -> None:
-        """Follow the scheduler's moves (from row, to row)."""
-        if moves:
-            source, target = torch.tensor(moves, device=self.model.device).unbind(1)
-            self.cache.copy_rows(source, target, positions)
+    def _read_sources(self, parts: Sequence[Part]) -> None:
+        """Encode the sources that are new; what cross attention reads of them is kept by their slots."""
+        assert self.sources is not None and isinstance(self.model, EncoderDecoder)
+        new = [part for part in parts if part.source is not None]
+        self.sources.pending = None
+        if new:
+            device = self.model.device
+            lengths = torch.tensor([len(part.source or ()) for part in new], device=device)
+            ids = torch.tensor([[token for part in new for token in part.source or ()]], device=device)
+            hidden = self.model.encode(ids, Packed(lengths, causal=False))
+            self.sources.receive(Memory(hidden, lengths), torch.tensor([part.slot for part in new], device=device))

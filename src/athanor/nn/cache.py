@@ -40,7 +40,7 @@ class State(NamedTuple):
 Layer = KV | State
 
 
-class _Store:
+class Store:
     """Keys (R, G, S, K) and values (R, G, S, V) of each attention layer; grows in rows and positions as needed."""
 
     def __init__(self, layers: Sequence[KV | None], dtype: torch.dtype, device: torch.device) -> None:
@@ -101,9 +101,9 @@ class KVCache:
         self, layers: Sequence[Layer], dtype: torch.dtype, device: torch.device, cross: Sequence[KV] | None = None
     ) -> None:
         self.dtype, self.device = dtype, device
-        self.own = _Store([x if isinstance(x, KV) else None for x in layers], dtype, device)
+        self.own = Store([x if isinstance(x, KV) else None for x in layers], dtype, device)
         self.states = [torch.zeros((0, x.width), device=device) if isinstance(x, State) else None for x in layers]
-        self.memory = None if cross is None else _Store(cross, dtype, device)
+        self.memory = None if cross is None else Store(cross, dtype, device)
         self.memory_lengths = torch.zeros(0, dtype=torch.int64, device=device)
 
     def reserve(self, rows: int, positions: int, memory: int = 0) -> None:

@@ -15,14 +15,14 @@ from collections.abc import Sequence
 import torch
 from torch import Tensor
 
-from athanor.nn.cache import KV, Layer, State
-from athanor.nn.context import Cell, Project, from_rows, to_rows
+from athanor.nn.cache import KV, Layer, State, Store
+from athanor.nn.context import Cell, Memory, Packed, Project, from_rows, to_rows
 from athanor.nn.rectangle import Rectangle
-from athanor.nn.sdpa import PLAIN, Scoring, decode_attention, mask_of
+from athanor.nn.sdpa import PLAIN, Scoring, decode_attention, fused_decode, mask_of
 
 
 class PagedCache:
-    """The pool. Keys are (P, G, Z, K) and values (P, G, Z, V) for each layer; recurrent states have a slot for each sequence.
+    """The pool. Keys are (P, Z, G, K) and values (P, Z, G, V) for each layer; recurrent states have a slot for each sequence.
 
     Args:
         layers: what each layer keeps.
@@ -39,16 +39,56 @@ class PagedCache:
         def pool(layer: Layer, width: str) -> Tensor | None:
             if not isinstance(layer, KV) or not getattr(layer, width):
                 return None
-            return torch.zeros((blocks, layer.n_kv_heads, size, getattr(layer, width)), dtype=dtype, device=device)
+            # Zeros: what stands after a sequence's end is multiplied by probability 0, which must not meet a stray nan.
+            return torch.zeros((blocks, size, layer.n_kv_heads, getattr(layer, width)), dtype=dtype, device=device)
 
         self.size, self.dtype = size, dtype
         self.keys = [pool(layer, "key_dim") for layer in layers]
         self.values = [pool(layer, "value_dim") for layer in layers]
         self.states = [torch.zeros((slots, x.width), device=device) if isinstance(x, State) else None for x in layers]
 
-    def bytes_per_block(self) -> int:
-        """Memory of one block in all layers."""
-        return sum(x[0].nbytes for x in (*self.keys, *self.values) if x is not None)
+    def copy(self, blocks: Tensor, to_blocks: Tensor, slots: Tensor, to_slots: Tensor) -> None:
+        """Make other blocks and slots hold the same."""
+        for pool in (*self.keys, *self.values):
+            if pool is not None:
+                pool[to_blocks] = pool[blocks]
+        for state in self.states:
+            if state is not None:
+                state[to_slots] = state[slots]
+
+    @staticmethod
+    def bytes_per_token(layers: Sequence[Layer], dtype: torch.dtype) -> int:
+        """Memory of one token in all layers."""
+        return dtype.itemsize * sum(x.n_kv_heads * (x.key_dim + x.value_dim) for x in layers if isinstance(x, KV))
+
+
+class Sources:
+    """What the decoder of an encoder-decoder reads of each source: keys and values by slot, kept from its first call on.
+
+    Args:
+        layers: what each decoder layer keeps of the memory.
+        slots: sequences at once.
+        dtype, device: of keys and values.
+    """
+
+    def __init__(self, layers: Sequence[KV], slots: int, dtype: torch.dtype, device: torch.device) -> None:
+        self.store = Store(list(layers), dtype, device)
+        self.store.reserve(slots, 0)
+        self.lengths = torch.ones(slots, dtype=torch.int64, device=device)
+        self.pending: tuple[Memory, Tensor, Tensor] | None = None
+
+    def receive(self, memory: Memory, slots: Tensor) -> None:
+        """Take what an encoder made of new sources; keys and values are written by the next call of the decoder."""
+        assert memory.lengths is not None
+        self.lengths[slots] = memory.lengths
+        self.store.reserve(len(self.lengths), int(memory.lengths.max()))
+        at = torch.cat([torch.arange(n, device=slots.device) for n in memory.lengths.tolist()])
+        self.pending = memory, torch.repeat_interleave(slots, memory.lengths), at
+
+    def copy(self, slots: Tensor, to_slots: Tensor) -> None:
+        """Make other slots hold the same."""
+        self.store.copy_rows(slots, to_slots, int(self.lengths[slots].max()))
+        self.lengths[to_slots] = self.lengths[slots]
 
 
 class Paged:
@@ -60,63 +100,110 @@ class Paged:
             is not read.
         starts: (S,) tokens of each sequence that are in the cache.
         lengths: (S,) new tokens of each sequence, at least one.
-        slots: (S,) slot of each sequence's recurrent state; only for models that have one.
+        slots: (S,) slot of each sequence's recurrent state and source; only for models that have one.
+        sources: for encoder-decoders.
     """
 
     cached = True
 
-    def __init__(self, cache: PagedCache, tables: Tensor, starts: Tensor, lengths: Tensor, slots: Tensor | None = None) -> None:
+    def __init__(
+        self,
+        cache: PagedCache,
+        tables: Tensor,
+        starts: Tensor,
+        lengths: Tensor,
+        slots: Tensor | None = None,
+        sources: Sources | None = None,
+    ) -> None:
         device = lengths.device
-        self._cache, self._starts, self._lengths, self._slots = cache, starts, lengths, slots
-        before = torch.repeat_interleave(lengths.cumsum(0) - lengths - starts, lengths)
-        at = torch.arange(int(lengths.sum()), device=device) - before  # (N,) positions
-        self.positions = at.unsqueeze(0)
+        self._cache, self._starts, self._lengths, self._slots, self._sources = cache, starts, lengths, slots, sources
+        longest = int(lengths.max())
         self.extent = int((starts + lengths).max())
-        owner = torch.repeat_interleave(torch.arange(len(lengths), device=device), lengths)
+        self._single = longest == 1
+        owner = torch.arange(len(lengths), device=device)
+        if self._single:
+            at = starts
+        else:
+            owner = torch.repeat_interleave(owner, lengths)
+            at = torch.arange(len(owner), device=device) - torch.repeat_interleave(lengths.cumsum(0) - lengths - starts, lengths)
+        self.positions = at.unsqueeze(0)
         self._block, self._offset = tables[owner, at // cache.size], at % cache.size
         used = -(-self.extent // cache.size)
-        self._tables = tables[:, :used]
-        keys = torch.arange(used * cache.size, device=device)
-        self._single = int(lengths.max()) == 1
-        if self._single:
-            self._keys, self._back = keys, starts[:, None] - keys
-            self._masks: dict[int | None, Tensor] = {}
-        else:
-            rows = starts[:, None] + torch.arange(int(lengths.max()), device=device)
-            # What lies beyond a sequence's end comes after all its queries, so the causal rule hides it.
-            self._rectangle = Rectangle(rows, keys.expand(len(lengths), -1), causal=True)
+        self._tables = tables[:, :used].contiguous()
+        self._keys = torch.arange(used * cache.size, device=device)
+        self._masks: dict[tuple[int | None, torch.dtype], Tensor] = {}
+        self._across: Rectangle | None = None
+        self._whole: Packed | None = None
+        if not self._single:
+            if not int(starts.max()):
+                self._whole = Packed(lengths)  # nothing to read
+            else:
+                rows = starts[:, None] + torch.arange(longest, device=device)
+                # What lies beyond a sequence's end comes after all its queries, so the causal rule hides it.
+                self._rectangle = Rectangle(rows, self._keys.expand(len(lengths), -1), causal=True)
 
     def _gather(self, pool: Tensor, like: Tensor) -> Tensor:
-        """The blocks of all sequences, (S, G, positions, K)."""
-        found = pool[self._tables].transpose(1, 2)  # (S, G, blocks, Z, K)
-        return found.reshape(*found.shape[:2], -1, found.shape[4]).to(like.dtype)
+        """The blocks of all sequences, (S, positions, G, K)."""
+        found = pool.index_select(0, self._tables.flatten())
+        return found.view(len(self._tables), -1, *pool.shape[2:]).to(like.dtype)
 
     def attend(self, layer: int, query: Tensor, key: Tensor, value: Tensor, scoring: Scoring = PLAIN) -> Tensor:
         keys, values = self._cache.keys[layer], self._cache.values[layer]
         assert keys is not None
-        keys[self._block, :, self._offset] = key[0].to(keys.dtype)
+        keys[self._block, self._offset] = key[0].to(keys.dtype)
         if values is not None:
-            values[self._block, :, self._offset] = value[0].to(values.dtype)
+            values[self._block, self._offset] = value[0].to(values.dtype)
+        if self._whole is not None:
+            return self._whole.attend(layer, query, key, value, scoring)
+        width = value.shape[3]
         key = self._gather(keys, query)
-        value = key[..., : value.shape[3]] if values is None else self._gather(values, query)
+        value = key[..., :width] if values is None else self._gather(values, query)
         if self._single:
             return self._decode(query.transpose(0, 1), key, value, scoring).transpose(0, 1)
-        rows = to_rows(query[0], self._lengths)
-        out = self._rectangle.attend(rows, key.transpose(1, 2), value.transpose(1, 2), scoring)
-        return from_rows(out, self._lengths).unsqueeze(0)
+        rows = self._rectangle.attend(to_rows(query[0], self._lengths), key, value, scoring)
+        return from_rows(rows, self._lengths).unsqueeze(0)
 
     def _decode(self, query: Tensor, key: Tensor, value: Tensor, scoring: Scoring) -> Tensor:
         window = scoring.window
-        if window not in self._masks:
-            visible = (self._back >= 0) if window is None else (self._back >= 0) & (self._back < window)
-            self._masks[window] = mask_of(visible, torch.float32)
+        fused = scoring.bias is None and scoring.softcap is None and key.shape[3] == value.shape[3]
+        at = window, query.dtype if fused else torch.float32
+        if at not in self._masks:
+            back = self._starts[:, None] - self._keys
+            visible = (back >= 0) if window is None else (back >= 0) & (back < window)
+            self._masks[at] = mask_of(visible, at[1])
+        key, value = key.transpose(1, 2), value.transpose(1, 2)
+        if fused:
+            return fused_decode(query, key, value, self._masks[at], scoring.scale)
         bias = None if scoring.bias is None else scoring.bias(self._starts[:, None], self._keys)
         return decode_attention(
-            query, key, value, self._masks[window], bias=bias, scale=scoring.scale, softcap=scoring.softcap
+            query, key, value, self._masks[at], bias=bias, scale=scoring.scale, softcap=scoring.softcap
         )  # fmt: skip
 
     def cross(self, layer: int, query: Tensor, project: Project, scoring: Scoring = PLAIN) -> Tensor:
-        raise AssertionError("memories of encoder-decoders live in a contiguous cache: use Prefill and Decode")
+        sources = self._sources
+        assert sources is not None and self._slots is not None
+        if sources.pending is not None:
+            memory, slot, at = sources.pending
+            key, value = project(memory.hidden)
+            sources.store.write(layer, slot, at, key[0], value[0])
+        lengths = sources.lengths[self._slots]
+        span = int(lengths.max())
+        keys, values = sources.store.keys[layer], sources.store.values[layer]
+        assert keys is not None and values is not None
+        key, value = (x[self._slots, :, :span].to(query.dtype) for x in (keys, values))  # (S, G, span, K)
+        hidden = torch.arange(span, device=query.device) >= lengths[:, None]
+        if self._single:
+            out = decode_attention(
+                query.transpose(0, 1), key, value, mask_of(~hidden, torch.float32), scale=scoring.scale, softcap=scoring.softcap
+            )
+            return out.transpose(0, 1)
+        if self._across is None:
+            steps = torch.arange(int(self._lengths.max()), device=query.device)
+            self._across = Rectangle(steps, torch.arange(span, device=query.device), causal=False, hidden=hidden)
+        rows = to_rows(query[0], self._lengths)
+        return from_rows(self._across.attend(rows, key.transpose(1, 2), value.transpose(1, 2), scoring), self._lengths).unsqueeze(
+            0
+        )
 
     def scan(self, layer: int, cell: Cell, x: Tensor) -> Tensor:
         states = self._cache.states[layer]

@@ -4,6 +4,8 @@ The engine is not thread-safe, so one thread owns it: it takes commands (admit, 
 steps and sends every chunk to the event loop that asked for it.
 
     event loop:  submit() --commands--> worker thread: add / abort / step --call_soon_threadsafe--> Stream --> response
+
+What else the model is asked for (vectors) runs there too, between two steps: `call`.
 """
 
 from __future__ import annotations
@@ -14,15 +16,16 @@ import queue
 import threading
 from collections.abc import Callable, Sequence
 from functools import partial
-from typing import TYPE_CHECKING
+from typing import TYPE_CHECKING, Protocol, TypeVar
 
-from athanor.core.errors import AthanorError
+from athanor.core.errors import AthanorError, RequestError
 from athanor.types import Request
 
 if TYPE_CHECKING:
-    from athanor.infer.engine import Chunk, Engine
+    from athanor.infer.engine import Chunk, Engine, Stats
 
 logger = logging.getLogger("athanor.serve")
+T = TypeVar("T")
 
 
 class QueueFullError(AthanorError):
@@ -37,18 +40,52 @@ class StoppingError(AthanorError):
     """The server is going down (it answers 503)."""
 
 
+class DeadlineError(AthanorError):
+    """The request took longer than the server gives one (it answers 504)."""
+
+
+class Watch(Protocol):
+    """Who is told what the engine does; called in its thread."""
+
+    def stepped(self, chunks: Sequence[Chunk], stats: Stats | None) -> None:
+        """After each step; None where the engine keeps no count."""
+        ...
+
+    def dropped(self, request_ids: Sequence[str]) -> None:
+        """These were given up before their end."""
+        ...
+
+
+class Idle:
+    """Stands for the engine of a model that generates nothing."""
+
+    has_work = False
+
+    def add(self, request: Request) -> None:
+        raise RequestError("this model generates no text: ask for embeddings, or name another model", "model")
+
+    def abort(self, request_id: str) -> None:
+        """It has none."""
+
+    def step(self) -> list[Chunk]:
+        return []
+
+
 class Stream:
     """The chunks of one submission (of one or more requests), read in the event loop that submitted it.
 
     `async for` ends when every request has its completion or after `close()`; it raises what made the requests fail.
+    `seconds` after it was made, the unfinished ones are aborted, and reading raises DeadlineError.
     """
 
-    def __init__(self, requests: Sequence[Request], drop: Callable[[Stream], object]) -> None:
+    def __init__(self, requests: Sequence[Request], drop: Callable[[Stream], object], seconds: float | None = None) -> None:
         self.requests = tuple(requests)
         self._open = {request.id for request in requests}
         self._drop = drop
         self._loop = asyncio.get_running_loop()
         self._items: asyncio.Queue[Chunk | AthanorError | None] = asyncio.Queue()
+        self._seconds = seconds
+        self._alarm = None if seconds is None else self._loop.call_later(seconds, self._expire)
 
     def __aiter__(self) -> Stream:
         return self
@@ -64,6 +101,8 @@ class Stream:
             raise item
         if item.completion is not None:
             self._open.discard(item.request_id)
+            if not self._open:
+                self._silence()
         return item
 
     async def admitted(self) -> None:
@@ -71,10 +110,26 @@ class Stream:
         item = await self._items.get()
         if isinstance(item, AthanorError):
             self._open.clear()
+            self._silence()
             raise item
+
+    def _expire(self) -> None:
+        if self._open:
+            self._items.put_nowait(DeadlineError(f"the answer took longer than the {self._seconds:g} s that this server gives one"))
+            self._drop(self)
+
+    def _silence(self) -> None:
+        if self._alarm is not None:
+            self._alarm.cancel()
+
+    def abandon(self) -> None:
+        """Forget the requests, which the engine has never seen."""
+        self._silence()
+        self._open.clear()
 
     def close(self) -> None:
         """Leave: whatever is unfinished is aborted in the engine, and a reader of this stream ends."""
+        self._silence()
         if self._open:
             self._open.clear()
             self._items.put_nowait(None)
@@ -92,17 +147,21 @@ class Stream:
 class Worker:
     """One background thread over one engine.
 
-    engine     whatever has add(request), abort(id), step() -> chunks and has_work; nothing else may touch it meanwhile
+    engine     whatever has add(request), abort(id), step() -> chunks and has_work (and stats(), where it counts); nothing else may
+               touch it meanwhile
     max_queue  unfinished requests, running and waiting together, before `submit` raises QueueFullError
+    watch      is told of every step
     """
 
-    def __init__(self, engine: Engine, *, max_queue: int = 256) -> None:
+    def __init__(self, engine: Engine | Idle, *, max_queue: int = 256, watch: Watch | None = None) -> None:
         self._engine = engine
         self._max_queue = max_queue
-        self._slots = threading.BoundedSemaphore(max_queue)
+        self._watch = watch
+        self._stats: Callable[[], Stats] | None = getattr(engine, "stats", None)
         self._commands: queue.SimpleQueue[Callable[[], object] | None] = queue.SimpleQueue()
         self._streams: dict[str, Stream] = {}  # by request id; only the thread touches it
         self._lock = threading.Lock()  # no command may follow the one that stops the thread
+        self._taken = 0  # of max_queue
         self._stopped = False
         self._thread = threading.Thread(target=self._run, name="athanor-engine", daemon=True)
 
@@ -110,6 +169,11 @@ class Worker:
     def alive(self) -> bool:
         """Whether requests are being worked on."""
         return self._thread.is_alive() and not self._stopped
+
+    @property
+    def unfinished(self) -> int:
+        """Requests that run or wait, and calls."""
+        return self._taken
 
     def start(self) -> None:
         """Start the thread."""
@@ -126,21 +190,17 @@ class Worker:
         """Wait until the thread has ended."""
         self._thread.join()
 
-    async def submit(self, requests: Sequence[Request]) -> Stream:
+    async def submit(self, requests: Sequence[Request], seconds: float | None = None) -> Stream:
         """Give requests to the engine, all or none, and return the stream of their chunks once they are accepted.
 
-        Raises QueueFullError, StoppingError, EngineFailedError, or the RequestError of the engine.
+        Raises QueueFullError, StoppingError, EngineFailedError, the RequestError of the engine, or DeadlineError after `seconds`.
         """
-        for taken in range(len(requests)):
-            if not self._slots.acquire(blocking=False):
-                self._free(taken)
-                raise QueueFullError(f"{self._max_queue} requests are in flight already, the most this server takes: retry later")
-        stream = Stream(requests, self._leave)
-        with self._lock:
-            if self._stopped:
-                self._free(len(requests))
-                raise StoppingError("the server is shutting down")
-            self._commands.put(partial(self._admit, stream))
+        stream = Stream(requests, self._leave, seconds)
+        try:
+            self._command(partial(self._admit, stream), len(requests))
+        except AthanorError:
+            stream.abandon()
+            raise
         try:
             await stream.admitted()
         except asyncio.CancelledError:
@@ -148,14 +208,30 @@ class Worker:
             raise
         return stream
 
+    async def call(self, work: Callable[[], T]) -> T:
+        """What `work` returns, done in the engine's thread between two steps. Raises as `submit` does, and what `work` raises."""
+        loop = asyncio.get_running_loop()
+        future: asyncio.Future[T] = loop.create_future()
+        self._command(partial(self._carry_out, work, loop, future), 1)
+        return await future
+
+    def _command(self, command: Callable[[], object], slots: int) -> None:
+        with self._lock:
+            if self._stopped:
+                raise StoppingError("the server is shutting down")
+            if self._taken + slots > self._max_queue:
+                raise QueueFullError(f"{self._taken} requests are in flight already and this server takes {self._max_queue}: retry later")
+            self._taken += slots
+            self._commands.put(command)
+
+    def _free(self, slots: int) -> None:
+        with self._lock:
+            self._taken -= slots
+
     def _leave(self, stream: Stream) -> None:
         with self._lock:
             if not self._stopped:
                 self._commands.put(partial(self._drop, stream))
-
-    def _free(self, slots: int) -> None:
-        for _ in range(slots):
-            self._slots.release()
 
     # What follows runs in the thread.
 
@@ -205,6 +281,8 @@ class Worker:
             if not stream.deliver(chunk):
                 logger.warning("nobody is left to read the answer of %s", chunk.request_id)
                 self._drop(stream)
+        if self._watch is not None:
+            self._watch.stepped(chunks, None if self._stats is None else self._stats())
         return True
 
     def _admit(self, stream: Stream) -> None:
@@ -219,6 +297,30 @@ class Worker:
             self._refuse(stream, EngineFailedError("the engine failed to take this request"))
         else:
             stream.deliver(None)
+
+    def _carry_out(self, work: Callable[[], T], loop: asyncio.AbstractEventLoop, future: asyncio.Future[T]) -> None:
+        def settle(result: T | None, error: AthanorError | None) -> None:
+            if future.cancelled():
+                return
+            if error is not None:
+                future.set_exception(error)
+            else:
+                future.set_result(result)  # type: ignore[arg-type]  # a result unless there is an error
+
+        result, failed = None, None
+        if not future.cancelled():
+            try:
+                result = work()
+            except AthanorError as error:
+                failed = error
+            except Exception:
+                logger.exception("a call beside the engine failed")
+                failed = EngineFailedError("the model failed while it worked on this request")
+        self._free(1)
+        try:
+            loop.call_soon_threadsafe(settle, result, failed)
+        except RuntimeError:
+            logger.warning("nobody is left to read the result of a call")
 
     def _refuse(self, stream: Stream, error: AthanorError) -> None:
         taken = self._drop(stream)
@@ -240,4 +342,6 @@ class Worker:
             except Exception:
                 logger.exception("the engine failed to abort %s", request_id)
             self._free(1)
+        if mine and self._watch is not None:
+            self._watch.dropped(mine)
         return len(mine)

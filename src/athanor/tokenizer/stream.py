@@ -12,13 +12,13 @@ from athanor.core.errors import RequestError
 from athanor.tokenizer.vocabulary import Vocabulary
 
 
-def cut(text: str, stop: Sequence[str]) -> tuple[str, bool]:
-    """`text` before the stop text that is complete first, and whether there is one.
+def cut(text: str, stop: Sequence[str]) -> tuple[str, str | None]:
+    """`text` before the stop text that is complete first, and which one that is.
 
     Of two that end at the same character the longer one counts, as if the text had come character by character.
     """
-    matches = [(text.find(s) + len(s), text.find(s)) for s in stop if s in text]
-    return (text[: min(matches)[1]], True) if matches else (text, False)
+    matches = [(text.find(s) + len(s), text.find(s), s) for s in stop if s in text]
+    return (text[: min(matches)[1]], min(matches)[2]) if matches else (text, None)
 
 
 class StreamDecoder:
@@ -27,14 +27,14 @@ class StreamDecoder:
     Raises RequestError (param "stop") when a stop text is empty.
 
     Attributes:
-        stopped: a stop text appeared in the content; later tokens are not read.
+        stopped_by: the stop text that appeared in the content, after which no tokens are read; None so far.
     """
 
     def __init__(self, tokenizer: Vocabulary, stop: Sequence[str] = (), before: Sequence[int] = ()) -> None:
         """`before` is what the answer goes on from."""
         if isinstance(stop, str) or not all(isinstance(s, str) and s for s in stop):
             raise RequestError(f"stop ({stop!r}) must be a list of texts, none of them empty: leave it out", param="stop")
-        self.stopped = False
+        self.stopped_by: str | None = None
         self._tokenizer = tokenizer
         self._stop = tuple(stop)
         self._longest = max(map(len, self._stop), default=0)
@@ -46,7 +46,7 @@ class StreamDecoder:
 
     def push(self, id: int) -> None:
         """Read one token; nothing after a stop text or `<|end|>` is read. Raises TokenizerError for an id out of range."""
-        if self.stopped or self._ended:
+        if self.stopped_by is not None or self._ended:
             return
         if id == self._tokenizer.end_id:
             self._ended = True
@@ -61,14 +61,14 @@ class StreamDecoder:
 
     def take(self) -> tuple[str, str]:
         """New content and new reasoning since the last call, as far as they are certain."""
-        certain = len(self._content) if self.stopped else len(self._content) - self._held_back()
+        certain = len(self._content) if self.stopped_by is not None else len(self._content) - self._held_back()
         content, self._content = self._content[:certain], self._content[certain:]
         reasoning, self._reasoning = self._reasoning, ""
         return content, reasoning
 
     def finish(self) -> tuple[str, str]:
         """The rest, when no more tokens come: what was held back is given out, half characters as U+FFFD."""
-        if not self.stopped:
+        if self.stopped_by is None:
             self._add_content(self._of_content.finish())
         self._reasoning += self._of_reasoning.finish()
         content, self._content = self._content, ""
@@ -79,7 +79,7 @@ class StreamDecoder:
         # What was taken cannot be part of a stop text, and what was searched before holds none.
         start = max(0, len(self._content) - self._longest + 1)
         head, tail = self._content[:start], self._content[start:] + new
-        tail, self.stopped = cut(tail, self._stop)
+        tail, self.stopped_by = cut(tail, self._stop)
         self._content = head + tail
 
     def _held_back(self) -> int:
