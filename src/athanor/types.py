@@ -12,8 +12,8 @@ from typing import TYPE_CHECKING, Any, Literal
 if TYPE_CHECKING:
     import torch
 
-Role = Literal["system", "user", "assistant"]
-ROLES: tuple[Role, ...] = ("system", "user", "assistant")
+Role = Literal["system", "user", "assistant", "tool"]
+ROLES: tuple[Role, ...] = ("system", "user", "assistant", "tool")
 IGNORE = -100  # label of a position that is not supervised (PyTorch's and Hugging Face's convention)
 
 
@@ -26,12 +26,47 @@ class Document:
 
 
 @dataclass(frozen=True, slots=True)
+class Tool:
+    """A function that the assistant may call.
+
+    parameters  JSON schema of its arguments, as JSON text; None for a function without
+    """
+
+    name: str
+    description: str | None = None
+    parameters: str | None = None
+
+
+@dataclass(frozen=True, slots=True)
+class ToolCall:
+    """A call that the assistant asks for.
+
+    id         by which a result refers to it. It belongs to those who pass messages on, not to what was said: it is neither
+               rendered nor compared, since results stand in the order of the calls
+    arguments  JSON text as the model wrote it, which need not be valid
+    """
+
+    id: str = field(compare=False)
+    name: str
+    arguments: str
+
+
+@dataclass(frozen=True, slots=True)
 class Message:
-    """One turn. `reasoning` (assistant only) is what stands between <think> and </think>."""
+    """One turn.
+
+    reasoning     (assistant only) what stands between <think> and </think>
+    tool_calls    (assistant only) what it asks for; their results follow
+    tool_call_id  (tool only) which call this is the result of; None is the next one
+    tools         (system only) what may be called from here on
+    """
 
     role: Role
     content: str
     reasoning: str | None = None
+    tool_calls: tuple[ToolCall, ...] = ()
+    tool_call_id: str | None = None
+    tools: tuple[Tool, ...] = ()
 
 
 Conversation = Sequence[Message]

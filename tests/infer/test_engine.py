@@ -7,6 +7,7 @@ import torch
 
 from athanor.core.errors import ConfigError, RequestError
 from athanor.tokenizer.chat import parse
+from athanor.types import Structure
 
 TOLERANCE = 1e-5  # float32, log-probabilities
 
@@ -324,6 +325,24 @@ def test_generate_does_not_swallow_the_text_of_others(engine, prompts, request_o
         ([20], {"top_p": float("nan")}, "top_p", r"top_p \(nan\) must lie in \(0, 1\]"),
         ([20], {"top_k": -1}, "top_k", r"top_k \(-1\) must be 0 \(all tokens\) or more"),
         ([20], {"stop": ("a", "")}, "stop", r"must be a list of texts, none of them empty"),
+        ([20], {"min_p": 1.5}, "min_p", r"min_p \(1.5\) must lie in \[0, 1\]"),
+        (
+            [20],
+            {"repetition_penalty": 0.0},
+            "repetition_penalty",
+            r"repetition_penalty \(0.0\) must be a finite number above 0: 1 is off",
+        ),
+        ([20], {"presence_penalty": 2.5}, "presence_penalty", r"presence_penalty \(2.5\) must lie in \[-2, 2\]"),
+        ([20], {"frequency_penalty": float("nan")}, "frequency_penalty", r"frequency_penalty \(nan\) must lie in \[-2, 2\]"),
+        ([20], {"logit_bias": ((320, 1.0),)}, "logit_bias", r"logit_bias has the token 320, which must lie in \[0, 320\)"),
+        ([20], {"logit_bias": ((1, float("inf")),)}, "logit_bias", r"logit_bias must be finite numbers: -100 all but forbids"),
+        ([20], {"allowed_ids": (-1,)}, "allowed_ids", r"allowed_ids has the token -1"),
+        ([20], {"allowed_ids": ()}, "allowed_ids", r"allowed_ids is empty, so that nothing could be said"),
+        ([20], {"stop_ids": (400,)}, "stop_ids", r"stop_ids has the token 400"),
+        ([20], {"min_tokens": 9, "max_tokens": 8}, "min_tokens", r"min_tokens \(9\) must lie between 0 and max_tokens \(8\)"),
+        ([20], {"logprobs": -1}, "logprobs", r"logprobs \(-1\) must be 0 or more"),
+        ([20], {"prompt_logprobs": -1}, "prompt_logprobs", r"prompt_logprobs \(-1\) must be 0 or more"),
+        ([20], {"structure": Structure("json", ""), "min_tokens": 1}, "min_tokens", r"min_tokens does not go with a structure"),
     ],
 )
 def test_a_request_out_of_range_is_refused_by_name(engine, request_of, prompt, params, param, message):
@@ -338,3 +357,87 @@ def test_an_engine_that_could_never_answer_is_refused(engine):
     for max_len in (1, 129):
         with pytest.raises(ConfigError, match=rf"max_len \({max_len}\) must lie between 2 .* and 128, the model's context"):
             engine(max_len=max_len)
+    for steps in (0, -1):
+        with pytest.raises(ConfigError, match=rf"step_tokens \({steps}\) must be at least 1"):
+            engine(step_tokens=steps)
+    with pytest.raises(ConfigError, match=r"cache_tokens \(100\) must hold one sequence of max_len \(128\) tokens, 128 in whole"):
+        engine(cache_tokens=100)
+
+
+def test_tokens_that_stop_an_answer_are_told_and_not_said(tiny, tokenizer, engine, request_of):
+    model, (stop,) = saying(tiny, tokenizer, "one steady heat 12"), tokenizer.encode(" heat")[-1:]
+    request = request_of("x", [tokenizer.bos_id], temperature=0, stop_ids=(stop,))
+    (answer,) = engine(model=model).generate([request])
+    assert (answer.ids[-1], answer.finish_reason, answer.stop_reason) == (stop, "stop", stop)
+    assert "one steady heat 12".startswith(answer.text) and answer.text == tokenizer.decode(answer.ids[:-1])
+    (answer,) = engine(model=model).generate([request_of("x", [tokenizer.bos_id], temperature=0, stop=("y h",))])
+    assert answer.stop_reason == "y h"
+
+
+def test_an_answer_has_min_tokens_and_may_go_on_after_its_end(engine, model, tokenizer, request_of, prompts):
+    """A bias makes the end the most probable token everywhere."""
+    ends = {"logit_bias": ((tokenizer.end_id, 100.0),), "temperature": 0, "max_tokens": 9}
+    lengths = [
+        len(engine().generate([request_of("x", prompts[0], **ends, **more)])[0].ids)
+        for more in ({}, {"min_tokens": 4}, {"min_tokens": 4, "stop": ("e",)}, {"ignore_eos": True})
+    ]
+    assert lengths == [1, 5, 5, 9]
+
+
+def test_bad_words_never_appear(tiny, tokenizer, engine, request_of):
+    model = saying(tiny, tokenizer, "one steady heat 12")
+    with torch.no_grad():
+        model.head.weight += 0.01 * torch.randn(model.head.weight.shape, generator=torch.Generator().manual_seed(0))
+    say = lambda **more: engine(model=model).generate([request_of("x", [tokenizer.bos_id], temperature=0, max_tokens=12, **more)])  # noqa: E731
+    assert "steady" in say()[0].text
+    for words in (("steady",), ("steady", "heat"), ("one",)):
+        assert not any(word in say(bad_words=words)[0].text for word in words)
+
+
+def test_chunks_tell_tokens_and_their_log_probabilities(engine, prompts, request_of):
+    busy = engine()
+    busy.add(request_of("x", prompts[0], seed=3, max_tokens=20, logprobs=2))
+    chunks = drain(busy)
+    done = completions(chunks)["x"]
+    assert tuple(id for c in chunks for id in c.ids) == done.ids
+    assert tuple(t for c in chunks for t in c.logprobs) == done.top_logprobs
+    assert [t.id for t in done.top_logprobs] == list(done.ids) and all(len(t.top) == 2 for t in done.top_logprobs)
+    assert done.timing.added <= done.timing.started <= done.timing.first <= done.timing.ended
+
+
+def test_log_probabilities_that_are_told_are_at_temperature_1(engine, model, prompts, plainly, request_of):
+    (answer,) = engine().generate([request_of("x", prompts[0], temperature=0.5, max_tokens=9, logprobs=0)])
+    own, _ = plainly(model, answer.prompt_ids, answer.ids)
+    assert [t.logprob for t in answer.top_logprobs] == pytest.approx(own, abs=TOLERANCE)
+
+
+def test_beginnings_are_forgotten_when_the_weights_change(tiny, engine, request_of):
+    """In place as optimisers do it, which PyTorch counts; after `.data`, which it does not, when told."""
+    model, prompt = tiny(seed=1), [20 + i % 9 for i in range(60)]
+    shared = engine(model=model)
+    ask = lambda: shared.generate([request_of("x", prompt, temperature=0, max_tokens=8)])[0]  # noqa: E731
+    assert (ask().cached, ask().cached) == (0, 48)
+    with torch.no_grad():
+        for p in model.parameters():
+            p.mul_(1.5)
+    after = ask()
+    assert after.cached == 0
+    assert after.ids == engine(model=model).generate([request_of("x", prompt, temperature=0, max_tokens=8)])[0].ids
+    assert ask().cached == 48
+    shared.forget()
+    assert ask().cached == 0
+
+
+def test_what_the_engine_does_is_counted(engine, prompts, request_of):
+    busy = engine(max_batch=2)
+    requests = [request_of(i, p, temperature=0, max_tokens=5) for i, p in enumerate(prompts)]
+    for request in requests:
+        busy.add(request)
+    busy.step()
+    now = busy.stats()
+    assert (now.running, now.waiting, now.steps, now.generation_tokens) == (2, len(prompts) - 2, 1, 2)
+    assert now.step_tokens == len(prompts[0]) + len(prompts[1]) and 0 < now.cache_usage < 1
+    answers = completions(drain(busy))
+    end = busy.stats()
+    assert end.generation_tokens == sum(len(a.ids) for a in answers.values())
+    assert end.prompt_tokens == sum(map(len, prompts)) and (end.running, end.waiting, end.cache_usage) == (0, 0, 0)

@@ -37,7 +37,7 @@ class Machine:
             for i in range(at, at + count):
                 self.cache[sequence.table[i // SIZE], i % SIZE] = tuple(sequence.tokens[: i + 1])
         for w in work:
-            self.scheduler.computed(w)
+            self.scheduler.computed(w.sequence, w.sequence.computed + w.tokens)
             if w.sequence.computed == w.sequence.length:
                 token = hash((w.sequence.request.id, w.sequence.length)) % 5
                 w.sequence.ids.append(token)

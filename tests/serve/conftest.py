@@ -6,7 +6,7 @@ import contextlib
 import socket
 import threading
 from collections.abc import Callable, Iterator
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 
 import openai
 import pytest
@@ -15,24 +15,22 @@ import uvicorn
 from fastapi import FastAPI
 
 from athanor.core.errors import RequestError
+from athanor.infer.engine import Chunk, Stats
 from athanor.lm import LM
 from athanor.models import llama
 from athanor.tokenizer.bpe import Tokenizer
-from athanor.types import Completion, Request
+from athanor.types import Completion, Request, Timing, TokenLogprob
 
 TEXT = "The quick brown fox jumps over the lazy dog and says 12 + 30 = 42. "
 
 
-@dataclass
-class FakeChunk:
-    request_id: str
-    content: str
-    reasoning: str
-    completion: Completion | None
-
-
 class FakeEngine:
-    """Says `script(request)`, one character a step, all requests in parallel; checks that one thread alone drives it."""
+    """Says `script(request)`, one character a step, all requests in parallel; checks that one thread alone drives it.
+
+    Token i of an answer has the id i and the log-probability -i.
+    """
+
+    vocab_size = 300
 
     def __init__(self, script: Callable[[Request], str] = lambda request: "hello", max_len: int = 1000) -> None:
         self.script = script
@@ -44,6 +42,8 @@ class FakeEngine:
         self.fail_add: list[Exception] = []
         self.gate = threading.Event()  # steps wait for it
         self.gate.set()
+        self.counts = Stats()
+        self.cached = 0
         self._thread: int | None = None
 
     def _own(self) -> None:
@@ -55,6 +55,10 @@ class FakeEngine:
     def has_work(self) -> bool:
         return bool(self.live)
 
+    def stats(self) -> Stats:
+        self._own()
+        return replace(self.counts, running=len(self.live))
+
     def add(self, request: Request) -> None:
         self._own()
         if self.fail_add:
@@ -63,30 +67,47 @@ class FakeEngine:
             raise RequestError("too long", "messages")
         self.seen.append(request)
         self.live[request.id] = (request, self.script(request), 0)
+        self.counts.prompt_tokens += len(request.prompt_ids)
 
     def abort(self, request_id: str) -> None:
         self._own()
         del self.live[request_id]
         self.aborted.append(request_id)
 
-    def step(self) -> list[FakeChunk]:
+    def step(self) -> list[Chunk]:
         self._own()
         assert self.gate.wait(60)
         if self.fail:
             raise self.fail.pop(0)
+        self.counts.step_tokens = len(self.live)
+        self.counts.generation_tokens += len(self.live)
         chunks = []
         for key, (request, text, at) in list(self.live.items()):
             end = min(at + 1, len(text), request.params.max_tokens)
             completion = None
             if end == len(text) or end == request.params.max_tokens:
-                reason = "stop" if end == len(text) else "length"
-                ids = list(range(end))
-                completion = Completion(key, request.prompt_ids, ids, [0.0] * end, text[:end], None, reason)
+                completion = self._completion(request, text, end)
                 del self.live[key]
             else:
                 self.live[key] = (request, text, end)
-            chunks.append(FakeChunk(key, text[at:end], "", completion))
+            top = request.params.logprobs
+            told = () if top is None else tuple(self._told(i, top) for i in range(at, end))
+            chunks.append(Chunk(key, text[at:end], "", completion, tuple(range(at, end)), told))
         return chunks
+
+    def _told(self, id: int, top: int) -> TokenLogprob:
+        return TokenLogprob(id, -float(id), tuple((i, -float(i)) for i in range(top)))
+
+    def _completion(self, request: Request, text: str, end: int) -> Completion:
+        ids, p = list(range(end)), request.params
+        top = None if p.logprobs is None else [self._told(i, p.logprobs) for i in ids]
+        of_prompt = None
+        if p.prompt_logprobs is not None:
+            of_prompt = [None, *(self._told(i, p.prompt_logprobs) for i in request.prompt_ids[1:])]
+        return Completion(
+            *(request.id, request.prompt_ids, ids, [-float(i) for i in ids], text[:end], None),
+            *("stop" if end == len(text) else "length", None, top, of_prompt, self.cached, Timing(1.0, 1.5, 2.5, 4.5)),
+        )
 
 
 @pytest.fixture(scope="session")

@@ -108,7 +108,7 @@ class Talker:
         if said == "endless":
             while True:
                 yield {"content": "on "}
-        for word in "First I think about it, for a while.".split(" "):
+        for word in ["First", "I", "think", "about", "it,", "for", "a", "while."]:
             yield {"reasoning_content": word + " "}
         text = f"{ESSAY} This is answer {self.times[body['model']]} of {body['model']}."
         for i in range(0, len(text), 4):

@@ -12,8 +12,11 @@ from openai.types.chat import ChatCompletion, ChatCompletionChunk, ChatCompletio
 from openai.types.chat.completion_create_params import CompletionCreateParamsNonStreaming, CompletionCreateParamsStreaming
 
 from athanor.core.errors import RequestError
-from athanor.serve.protocol import INERT, UNSUPPORTED, Answer, ChatRequest, parse_chat
+from athanor.infer.engine import Chunk
+from athanor.serve.protocol import Answer, ChatRequest, parse_chat
 from athanor.types import Completion, SamplingParams
+
+INERT, UNSUPPORTED = ChatRequest.INERT, ChatRequest.UNSUPPORTED
 
 HELLO = [{"role": "user", "content": "hello"}]
 
@@ -76,8 +79,8 @@ def test_roles_parts_and_reasoning():
     ]
 
 
-def test_an_answer_of_the_openai_client_can_be_sent_back_as_history():
-    answer = Answer("id", "m").whole([Completion("r", [1], [2], [0.0], "42", "6 * 7", "stop")])
+def test_an_answer_of_the_openai_client_can_be_sent_back_as_history(tokenizer):
+    answer = Answer("id", parse_chat(body()), tokenizer).whole([Completion("r", [1], [2], [0.0], "42", "6 * 7", "stop")])
     message = ChatCompletion.model_validate(answer).choices[0].message
     chat = parse_chat(body(messages=[*HELLO, message.model_dump(), *HELLO]))
     assert chat.conversation()[1] == {"role": "assistant", "content": "42", "reasoning": "6 * 7", "reasoning_content": "6 * 7"}
@@ -90,7 +93,7 @@ def test_every_field_of_the_openai_client_is_known():
     for base in CompletionCreateParamsStreaming.__orig_bases__:
         fields |= {*base.__annotations__}
     assert len(fields) > 35
-    assert fields <= {*ChatRequest.model_fields, *INERT, *UNSUPPORTED}
+    assert fields <= {*ChatRequest.names(), *INERT, *UNSUPPORTED}
 
 
 @pytest.mark.parametrize("name", sorted(UNSUPPORTED))
@@ -109,7 +112,7 @@ def test_fields_that_change_nothing_are_accepted(name):
 
 def test_false_is_not_the_number_zero():
     assert refused(body(frequency_penalty=False)).param == "frequency_penalty"
-    assert refused(body(logprobs=0)).param == "logprobs"
+    assert refused(body(store=0)).param == "store"
 
 
 @pytest.mark.parametrize(
@@ -161,7 +164,7 @@ def test_unknown_fields_are_named_with_the_nearest(fields, message):
         ("max_completion_tokens", -5, "greater than or equal to 1"),
         ("stop", "", "at least 1 character"),
         ("stop[1]", ["a", ""], "at least 1 character"),
-        ("stop", list("abcde"), "at most 4 items"),
+        ("stop", ["a"] * 17, "at most 16 items"),
         ("stop", "x" * 513, "at most 512 characters"),
         ("stop", 7, "valid string"),
         ("seed", 2**63, "less than"),
@@ -229,7 +232,7 @@ _json = st.recursive(
     lambda inner: st.lists(inner, max_size=4) | st.dictionaries(st.text(max_size=5), inner, max_size=4),
     max_leaves=10,
 )
-_names = st.sampled_from([*ChatRequest.model_fields, *INERT, *UNSUPPORTED, "role", "content"])
+_names = st.sampled_from([*ChatRequest.names(), *INERT, *UNSUPPORTED, "role", "content"])
 
 
 @given(st.dictionaries(_names, _json | st.lists(st.dictionaries(_names, _json, max_size=4), max_size=3)))
@@ -244,19 +247,30 @@ def test_any_bytes_are_a_request_error(data):
     refused(data)
 
 
-def test_bodies_are_what_the_openai_client_expects():
-    one = Completion("r", [1, 2, 3], [4, 5], [0.0, 0.0], "yes", None, "stop")
+def test_bodies_are_what_the_openai_client_expects(tokenizer):
+    one = Completion("r", [1, 2, 3], [4, 5], [0.0, 0.0], "yes", None, "stop", stop_reason="!", cached=2)
     two = Completion("r", [1, 2, 3], [6], [0.0], "", "hm", "length")
-    answer = Answer("chatcmpl-1", "m")
+    answer = Answer("chatcmpl-1", parse_chat(body(stream=True, stream_options={"include_usage": True}, n=2)), tokenizer)
     whole = ChatCompletion.model_validate(answer.whole([one, two]))
     assert [c.finish_reason for c in whole.choices] == ["stop", "length"]
-    assert whole.usage.model_dump(exclude_none=True) == {"prompt_tokens": 3, "completion_tokens": 3, "total_tokens": 6}
+    assert [c.stop_reason for c in whole.choices] == ["!", None]
+    assert whole.usage.model_dump(exclude_none=True) == {
+        "prompt_tokens": 3,
+        "completion_tokens": 3,
+        "total_tokens": 6,
+        "prompt_tokens_details": {"cached_tokens": 2},
+    }
     assert "reasoning" not in answer.whole([one])["choices"][0]["message"]
     message = answer.whole([two])["choices"][0]["message"]
     assert (message["content"], message["reasoning"], message["reasoning_content"]) == ("", "hm", "hm")
-    for event in (answer.opening(0), answer.delta(0, "\u2028 text", ""), answer.delta(0, "", "why"), answer.closing(0, one)):
-        chunk = ChatCompletionChunk.model_validate_json(event)
-        assert event.isascii()
+    said = [Chunk("r", "\u2028 text", "", None), Chunk("r", "", "why", None), Chunk("r", "", "", one)]
+    events = [*answer.opening([[1, 2, 3]]), *(event for chunk in said for event in answer.chunk(0, chunk, 3))]
+    assert len(events) == 4
+    for event in events:
+        chunk = ChatCompletionChunk.model_validate_json(event.data)
+        assert event.data.isascii()
         assert len(chunk.choices) == 1
         assert chunk.id == "chatcmpl-1"
-    assert ChatCompletionChunk.model_validate_json(answer.usage([one])).choices == []
+    usage, done = answer.ending([one, two])
+    assert ChatCompletionChunk.model_validate_json(usage.data).choices == []
+    assert done.data == "[DONE]"

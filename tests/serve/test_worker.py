@@ -8,7 +8,7 @@ import logging
 import pytest
 
 from athanor.core.errors import RequestError
-from athanor.serve.worker import EngineFailedError, QueueFullError, StoppingError, Worker
+from athanor.serve.worker import DeadlineError, EngineFailedError, Idle, QueueFullError, StoppingError, Worker
 from athanor.types import Request, SamplingParams
 
 
@@ -183,12 +183,15 @@ def test_queue_limit(fake):
 
     async def scenario(worker):
         one = await worker.submit([request("one")])
-        with pytest.raises(QueueFullError, match=r"3 requests are in flight already.*retry later"):
+        with pytest.raises(QueueFullError, match="takes 3 requests at once, and 1 are in flight already: retry later"):
             await worker.submit([request(f"many{i}") for i in range(3)])
         engine.gate.set()
         await read(one)
         # All three slots are free again, also the two that the refused submission had taken.
         three = await worker.submit([request(f"three{i}") for i in range(3)])
+        with pytest.raises(RequestError, match="4 answers are asked for, and this server takes 3 at once") as error:
+            await worker.submit([request(f"four{i}") for i in range(4)])  # would never fit
+        assert error.value.param == "n"
         return await read(three)
 
     text, _ = drive(engine, scenario, max_queue=3)
@@ -248,3 +251,119 @@ def test_a_worker_whose_thread_dies_fails_its_requests(fake, monkeypatch):
             await worker.submit([request("two")])
 
     drive(engine, scenario)
+
+
+def test_a_deadline_aborts_what_is_unfinished(fake):
+    engine = fake(lambda r: "x" * 10**7)
+
+    async def scenario(worker):
+        stream = await worker.submit([request("slow", 10**7)], 0.05)
+        with pytest.raises(DeadlineError, match="the answer took longer than the 0.05 s that this server gives one"):
+            await read(stream)
+        return await read(await worker.submit([request("next", 2)], 60))
+
+    assert drive(engine, scenario)[0] == {"next": "xx"}
+    assert engine.aborted == ["slow"]
+
+
+def test_a_deadline_counts_while_a_request_waits_to_be_taken(fake):
+    engine = fake()
+    engine.gate.clear()
+
+    async def scenario(worker):
+        first = await worker.submit([request("first")])  # the thread is now held in a step
+        with pytest.raises(DeadlineError):
+            await worker.submit([request("second")], 0.05)
+        engine.gate.set()
+        text, _ = await read(first)
+        return text, await read(await worker.submit([request("third")])), worker.unfinished
+
+    text, (third, _), unfinished = drive(engine, scenario)
+    assert (text, third, unfinished) == ({"first": "hello"}, {"third": "hello"}, 0)
+    assert engine.aborted == ["second"]
+
+
+def test_a_call_runs_in_the_thread_of_the_engine_and_takes_a_slot(fake):
+    engine = fake()
+
+    async def scenario(worker):
+        before = await worker.submit([request("before")])
+        first = await worker.call(lambda: (engine._own(), worker.unfinished))  # `_own` checks the thread
+        await read(before)
+        second = await worker.call(lambda: worker.unfinished)
+        return first[1], second, worker.unfinished
+
+    first, second, after = drive(engine, scenario)
+    assert first in (1, 2)  # the request before may be done already
+    assert (second, after) == (1, 0)
+
+
+def test_what_a_call_raises(fake, caplog):
+    def refuse():
+        raise RequestError("no such thing", "input")
+
+    async def scenario(worker):
+        with pytest.raises(RequestError, match="no such thing"):
+            await worker.call(refuse)
+        with pytest.raises(EngineFailedError) as error:
+            await worker.call(lambda: 1 / 0)
+        assert "zero" not in str(error.value)
+        assert worker.unfinished == 0
+        worker.stop()
+        with pytest.raises(StoppingError):
+            await worker.call(lambda: 1)
+
+    drive(fake(), scenario)
+    assert "ZeroDivisionError" in caplog.text
+
+
+def test_a_cancelled_call_is_not_made(fake):
+    engine = fake()
+    engine.gate.clear()
+    made = []
+
+    async def scenario(worker):
+        first = await worker.submit([request("first")])
+        waiting = asyncio.create_task(worker.call(lambda: made.append(1)))
+        await asyncio.sleep(0)
+        waiting.cancel()
+        engine.gate.set()
+        await read(first)
+        await worker.call(lambda: made.append(2))
+        return worker.unfinished
+
+    assert drive(engine, scenario) == 0
+    assert made == [2]
+
+
+def test_a_model_without_an_engine_refuses_to_generate():
+    async def scenario(worker):
+        with pytest.raises(RequestError, match="this model generates no text: ask for embeddings") as error:
+            await worker.submit([request("one")])
+        assert error.value.param == "model"
+        assert Idle().step() == []
+        return await worker.call(lambda: 7)
+
+    assert drive(Idle(), scenario) == 7
+
+
+def test_a_watch_hears_of_every_step_and_of_what_is_given_up(fake):
+    heard = []
+
+    class Ear:
+        def stepped(self, chunks, stats):
+            heard.append((len(chunks), stats.running))
+
+        def dropped(self, request_ids):
+            heard.append(list(request_ids))
+
+    engine = fake(lambda r: "abc" if r.id != "left" else "x" * 10**7)
+
+    async def scenario(worker):
+        await read(await worker.submit([request("a")]))
+        (await worker.submit([request("left", 10**7)])).close()
+        await worker.call(lambda: None)
+
+    drive(engine, scenario, watch=Ear())
+    assert heard[:3] == [(1, 1), (1, 1), (1, 0)]
+    assert ["left"] in heard

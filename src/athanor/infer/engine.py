@@ -18,6 +18,7 @@ from athanor.infer.runner import Part, Runner
 from athanor.infer.sampling import Row, sample, top_logprobs
 from athanor.infer.scheduler import Scheduler, Work
 from athanor.infer.sequence import Sequence
+from athanor.infer.speculative import Draft, Guesser
 from athanor.models.base import CausalLM, EncoderDecoder
 from athanor.nn.cache import KV
 from athanor.nn.paged import PagedCache
@@ -60,6 +61,8 @@ class Stats:
     generation_tokens  new ones
     steps              of the engine
     step_tokens        that its last step computed
+    guesses            tokens that were guessed
+    right_guesses      of them, those that came
     """
 
     running: int = 0
@@ -72,6 +75,8 @@ class Stats:
     generation_tokens: int = 0
     steps: int = 0
     step_tokens: int = 0
+    guesses: int = 0
+    right_guesses: int = 0
 
 
 class Engine:
@@ -90,6 +95,7 @@ class Engine:
             fit into a half of the memory that is free. Where it is full, requests wait, or run later once more.
         step_tokens: tokens of one step at most: longer prompts are computed in parts, and nobody's answer waits for them.
         share: whether beginnings of prompts that were computed before are read from the cache.
+        guesser: who guesses tokens that one step then checks together (`speculative.py`); None guesses nothing.
 
     Raises:
         ConfigError: a number out of range; a cache that does not hold one sequence.
@@ -106,6 +112,7 @@ class Engine:
         cache_tokens: int | None = None,
         step_tokens: int = 2048,
         share: bool = True,
+        guesser: Guesser | None = None,
     ) -> None:
         context = getattr(model.config, "cached_positions", model.config.max_positions)
         if max_batch < 1:
@@ -134,7 +141,9 @@ class Engine:
         blocks = Blocks(self._count(model, max_batch, precision, cache_tokens), BLOCK, share=share)
         self.scheduler = Scheduler(blocks, max_batch, max(step_tokens, max_batch))
         self.runner = Runner(model, blocks.count + 1, BLOCK, max_batch, precision)
-        self._model = model
+        self._model, self.guesser = model, guesser
+        if isinstance(guesser, Draft):
+            guesser.attach(blocks.count + 1, BLOCK, max_batch, self.vocab_size, self.max_len)
         self._ids: set[str] = set()
         self._weights = 0
         self._counts = Stats()
@@ -198,8 +207,11 @@ class Engine:
         """
         chunks = self._retire()  # what was aborted between steps
         self._see_weights()
+        self._guess()
         work = self.scheduler.schedule()
         if work:
+            if self.guesser is not None:
+                self.guesser.fill([w.sequence for w in work])
             self._extend(work, self.runner.run([self._part(*w) for w in work]))
         for w in work if stream else ():
             if not w.sequence.finish_reason:
@@ -261,44 +273,71 @@ class Engine:
         return max(0, end - sequence.length + 1)
 
     def _extend(self, work: list[Work], hidden: Tensor) -> None:
-        """Post-process: what was computed is known to be, prompts are told their log-probabilities, and new tokens are chosen."""
+        """Post-process: prompts are told their log-probabilities, and new tokens are chosen: more where guesses are right."""
         self._counts.steps += 1
         self._counts.step_tokens = sum(w.tokens for w in work)
-        pieces = hidden.split([self._wanted(*w) for w in work])
-        ready: list[Sequence] = []
+        ready: list[tuple[Sequence, list[int]]] = []
         last: list[Tensor] = []
-        for w, piece in zip(work, pieces, strict=True):
-            sequence = w.sequence
-            if sequence.request.params.prompt_logprobs is not None and len(sequence.prompt_logprobs) < len(sequence.start):
-                self._tell_prompt(sequence, piece)
-            self.scheduler.computed(w)
-            if sequence.computed == sequence.length:
-                ready.append(sequence)
-                last.append(piece[-1:])
+        for (s, count), piece in zip(work, hidden.split([self._wanted(*w) for w in work]), strict=True):
+            if s.request.params.prompt_logprobs is not None and len(s.prompt_logprobs) < len(s.start):
+                self._tell_prompt(s, piece)
+            checked = s.computed + count - s.length
+            self.scheduler.computed(s, min(s.computed + count, s.length))
+            if checked >= 0:
+                ready.append((s, s.draft[:checked]))
+                last.append(piece[-checked - 1 :])
         if not ready:
             return
         logits = self.runner.logits(torch.cat(last))
-        tokens, logprobs = sample(logits, [self._row(s) for s in ready])
-        chosen = tokens.tolist()
-        asked = [i for i, s in enumerate(ready) if s.request.params.logprobs is not None]
-        if asked:
-            counts = [ready[i].request.params.logprobs or 0 for i in asked]
-            told = top_logprobs(logits[asked], [chosen[i] for i in asked], counts)
-            for i, one in zip(asked, told, strict=True):
-                ready[i].top_logprobs.append(one)
-        for s, token, logprob in zip(ready, chosen, logprobs.tolist(), strict=True):
-            s.append(token, logprob, self.end_ids, self.max_len)
-            self._counts.generation_tokens += 1
+        rows = [self._row(s, guesses[:i]) for s, guesses in ready for i in range(len(guesses) + 1)]
+        tokens, logprobs = (x.tolist() for x in sample(logits, rows))
+        first = 0
+        for s, guesses in ready:
+            right = 0
+            while right < len(guesses) and tokens[first + right] == guesses[right]:
+                right += 1
+            self._append(s, logits, slice(first, first + right + 1), tokens, logprobs)
+            self._counts.guesses += len(guesses)
+            self._counts.right_guesses += right
+            first += len(guesses) + 1
 
-    def _row(self, sequence: Sequence) -> Row:
-        """What the sampler has to know of a sequence."""
+    def _append(self, s: Sequence, logits: Tensor, at: slice, tokens: list[int], logprobs: list[float]) -> None:
+        """New tokens of one sequence, until its end."""
+        had, asked = len(s.ids), s.request.params.logprobs
+        for token, logprob in zip(tokens[at], logprobs[at], strict=True):
+            s.append(token, logprob, self.end_ids, self.max_len)
+            if s.finish_reason:
+                break
+        new = len(s.ids) - had
+        self._counts.generation_tokens += new
+        if asked is not None:
+            s.top_logprobs += top_logprobs(logits[at.start : at.start + new], s.ids[had:], [asked] * new)
+        s.draft = []
+        self.scheduler.computed(s, s.length - 1)  # the last one is yet to be read
+
+    def _row(self, sequence: Sequence, guesses: list[int]) -> Row:
+        """What the sampler has to know of a sequence, when so many guesses are right."""
         params, banned = sequence.request.params, list[int]()
-        if len(sequence.ids) < params.min_tokens:
+        ids = [*sequence.ids, *guesses] if guesses else sequence.ids
+        if len(ids) < params.min_tokens:
             banned += [*self.end_ids, *params.stop_ids]
         for *before, word in sequence.words:
-            if not before or sequence.ids[-len(before) :] == before:
+            if not before or ids[-len(before) :] == before:
                 banned.append(word)
-        return Row(params, len(sequence.ids), banned, None, sequence.request.prompt_ids, sequence.ids)
+        return Row(params, len(ids), banned, None, sequence.request.prompt_ids, ids)
+
+    def _guess(self) -> None:
+        """Plan guesses for the sequences of which one token is due."""
+        if self.guesser is None:
+            return
+        going = [s for s in self.scheduler.running if s.due == 1]
+        # Not where blocks are short: a guess is not worth what somebody else has computed.
+        if self.scheduler.blocks.free <= len(going):
+            return
+        for s in going:
+            most = min(s.request.params.max_tokens - len(s.ids), self.max_len - s.length) - 1
+            if most > 0 and s.request.params.structure is None:
+                s.draft = self.guesser.plan(s, most)
 
     def _tell_prompt(self, sequence: Sequence, hidden: Tensor) -> None:
         """Log-probabilities of the prompt's next tokens, from what the model made of those before them."""

@@ -131,11 +131,10 @@ class Scheduler:
         self.blocks.release(sequence.table)
         sequence.leave()
 
-    def computed(self, work: Work) -> None:
-        """Say that a piece of work is done: its tokens are in the cache, and others may read them."""
-        sequence, count = work
-        sequence.computed += count
-        self.blocks.publish(sequence.chain, sequence.table, sequence.tokens, sequence.computed)
+    def computed(self, sequence: Sequence, count: int) -> None:
+        """Say that the first `count` tokens of a sequence are in the cache: others may read them."""
+        sequence.computed = count
+        self.blocks.publish(sequence.chain, sequence.table, sequence.tokens, count)
 
     def retire(self) -> list[Sequence]:
         """Take finished sequences out; their blocks and places are free."""

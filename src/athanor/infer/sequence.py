@@ -28,6 +28,8 @@ class Sequence:
     draft     tokens that are guessed to come next, to be checked by the next step
     cached    tokens of the prompt that others had computed
     words     what may not appear, as tokens
+    drafted   how many of its tokens are in the cache of a draft model
+    seen      where runs of its first `n_seen` tokens ended last
     """
 
     request: Request
@@ -49,6 +51,9 @@ class Sequence:
     draft: list[int] = field(default_factory=list)
     cached: int = 0
     words: list[tuple[int, ...]] = field(default_factory=list)
+    drafted: int = 0
+    seen: dict[tuple[int, ...], int] = field(default_factory=dict)
+    n_seen: int = 1
     added: float = field(default_factory=time.perf_counter)
     started: float | None = None
     first: float | None = None
@@ -77,7 +82,7 @@ class Sequence:
     def leave(self) -> None:
         """Nothing of it is in the cache any more."""
         self.slot, self.table, self.chain, self.computed = None, [], Chain(), 0
-        self.draft = []
+        self.draft, self.drafted = [], 0
 
     def append(self, token: int, logprob: float, end_ids: Collection[int], max_len: int) -> None:
         """Take one new token and see whether the answer ends with it."""

@@ -53,6 +53,34 @@ class _Output(NamedTuple):
         return torch.addcmul(logits.new_ones(()), logits, logits, value=-(self.softcap**-2))
 
 
+def _chunk(
+    out: _Output, h: Tensor, y: Tensor, smoothing: float, grad: Tensor | None, d_bias: Tensor | None
+) -> tuple[Tensor, Tensor]:
+    """Loss (float64) and correct ones of a few rows, (n, D) and targets (n, 1).
+
+    The gradient of the logits goes into the first n rows of `grad`, its sum over rows is added to `d_bias`, each where given.
+    """
+    logits = out.logits(h, len(y))
+    logprobs = torch.log_softmax(logits, dim=1)
+    slope = None if out.softcap is None or grad is None else out.slope(logits)
+    del logits
+    picked = logprobs.gather(1, y)
+    correct = (picked >= logprobs.amax(dim=1, keepdim=True)).sum()
+    total = -picked.sum(dtype=torch.float64) * (1 - smoothing)
+    if smoothing:
+        total -= logprobs.sum(dtype=torch.float64) * (smoothing / logprobs.shape[1])
+    if grad is not None:
+        grad32 = logprobs.exp_().scatter_add_(1, y, torch.full_like(picked, smoothing - 1))
+        if smoothing:
+            grad32 -= smoothing / grad32.shape[1]
+        if slope is not None:
+            grad32 *= slope
+        if d_bias is not None:
+            d_bias += grad32.sum(0)
+        grad[: len(y)] = grad32
+    return total, correct
+
+
 class _LinearCrossEntropy(torch.autograd.Function):
     """The gradient is formed beside the loss, chunk by chunk, so logits are computed once and freed at once."""
 
@@ -84,27 +112,15 @@ class _LinearCrossEntropy(torch.autograd.Function):
             for start in range(0, n, rows):
                 at = slice(first + start, first + min(start + rows, n))
                 h, y = span[start : start + rows], targets[at, None]
-                logits = out.logits(h, len(y))
-                logprobs = torch.log_softmax(logits, dim=1)
-                picked = logprobs.gather(1, y)
-                correct += (picked >= logprobs.amax(dim=1, keepdim=True)).sum()
-                total -= picked.sum(dtype=torch.float64) * (1 - smoothing)
-                if smoothing:
-                    total -= logprobs.sum(dtype=torch.float64) * (smoothing / logprobs.shape[1])
-                if any(need):
-                    grad32 = logprobs.exp_().scatter_add_(1, y, torch.full_like(picked, smoothing - 1))
-                    if smoothing:
-                        grad32 -= smoothing / logprobs.shape[1]
-                    if softcap is not None:
-                        grad32 *= out.slope(logits)
-                    if d_bias is not None:
-                        d_bias += grad32.sum(0)
-                    grad = grads[start : start + rows]
-                    grad[: len(y)] = grad32
-                if d_hidden is not None:
+                grad = grads[start : start + rows] if any(need) else None
+                loss, right = _chunk(out, h, y, smoothing, grad, d_bias)
+                total += loss
+                correct += right
+                if d_hidden is not None and grad is not None:
                     d_hidden[at] = multiply(grad, out.weight.t())[: len(y)]
             if d_weight is not None:
                 d_weight += torch.mm(grads.t(), span)
+            del grads, grad  # before there are new ones
         ctx.save_for_backward(d_hidden, d_weight, d_bias)
         ctx.dtypes = weight.dtype, None if bias is None else bias.dtype
         ctx.mark_non_differentiable(correct)

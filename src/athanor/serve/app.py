@@ -1,33 +1,42 @@
-"""The OpenAI-compatible HTTP server over one engine.
+"""The OpenAI-compatible HTTP server over one or more engines.
 
-    GET  /health                  200 when the engine works, 503 when it does not
-    GET  /v1/models[/{id}]        the one model that is served
-    POST /v1/chat/completions     whole or streamed (server-sent events)
+    GET  /health /version /load /metrics /openapi.json
+    GET  /v1/models[/{id}]
+    POST /v1/chat/completions, /v1/completions, /v1/responses     whole or streamed (server-sent events)
+    POST /v1/embeddings, /tokenize, /detokenize
 
-The conversation is rendered by the same function as in training (law L1), so text of a user cannot become a control token.
+A conversation is rendered by the same function as in training (law L1), so text of a user cannot become a control token.
 """
 
 from __future__ import annotations
 
 import asyncio
-import math
-import time
-import uuid
-from collections.abc import AsyncIterator
+import secrets
+from collections.abc import AsyncIterator, Callable, Sequence
 from contextlib import asynccontextmanager
-from typing import TYPE_CHECKING
+from dataclasses import dataclass
+from typing import TYPE_CHECKING, Any, Protocol
 
+import torch
 from fastapi import FastAPI, Request, Response
 from fastapi.responses import JSONResponse
-from sse_starlette import EventSourceResponse, ServerSentEvent
-from starlette.types import Receive, Scope, Send
+from prometheus_client import CONTENT_TYPE_LATEST
 
+import athanor
 from athanor import types
-from athanor.core.errors import AthanorError, RequestError
-from athanor.serve import guard
-from athanor.serve.protocol import Answer, ChatRequest, model_body, parse_chat
-from athanor.serve.worker import Stream, Worker
-from athanor.tokenizer.chat import render
+from athanor.core.errors import ConfigError, RequestError
+from athanor.serve import events, guard, prompts
+from athanor.serve.body import read
+from athanor.serve.completions import CompletionRequest, TextWriter
+from athanor.serve.describe import description
+from athanor.serve.embeddings import AT_ONCE, EmbeddingRequest, check_lengths, vectors_body
+from athanor.serve.metrics import Metrics
+from athanor.serve.models import Models, Running, Served
+from athanor.serve.protocol import Answer, parse_chat
+from athanor.serve.responses import ResponseRequest, ResponseWriter
+from athanor.serve.shapes import Teller
+from athanor.serve.tokens import DetokenizeRequest, TokenizeRequest
+from athanor.serve.worker import DeadlineError
 
 if TYPE_CHECKING:
     from athanor.infer.engine import Engine
@@ -36,147 +45,180 @@ if TYPE_CHECKING:
 _CLIENT_LEFT = 499  # nginx's status for it; nobody receives it
 
 
-def create_app(
-    engine: Engine, tokenizer: Vocabulary, model_name: str, *, max_queue: int = 256, default_max_tokens: int | None = None
-) -> FastAPI:
-    """An application that serves `engine` as `model_name`; it alone may use the engine while it runs.
+@dataclass(frozen=True)
+class Options:
+    """How a server works.
 
-    max_queue           unfinished choices at once; more are answered 429
-    default_max_tokens  new tokens where the client sets no limit; None is whatever the context has left
+    max_queue           unfinished choices of a model at once; more are answered 429
+    default_max_tokens  new tokens of a chat where the client sets no limit; None is whatever the context has left
+    timeout             seconds that an answer may take, waiting included; None is for ever
+    api_keys            of them, clients must send one; () asks for none
     """
+
+    max_queue: int = 256
+    default_max_tokens: int | None = None
+    timeout: float | None = None
+    api_keys: tuple[str, ...] = ()
+
+
+class _Writer(events.Writer, Protocol):
+    def whole(self, completions: Sequence[types.Completion]) -> Any:
+        """The body of an answer that is not streamed."""
+        ...
+
+
+def create_app(engine: Engine, tokenizer: Vocabulary, model_name: str, **options: Any) -> FastAPI:
+    """An application that serves one engine as `model_name`; `options` are those of `Options`."""
+    return create_server([Served(model_name, tokenizer, engine)], Options(**options))
+
+
+def create_server(served: Sequence[Served], options: Options | None = None) -> FastAPI:
+    """An application that serves several models by name; it alone may use their engines while it runs.
+
+    Raises ConfigError when there is none, or when two have one name.
+    """
+    options = options or Options()
+    metrics = Metrics()
+    models = Models(served, metrics, options.max_queue)
 
     @asynccontextmanager
     async def lifespan(app: FastAPI) -> AsyncIterator[None]:
-        app.state.worker = worker = Worker(engine, max_queue=max_queue)
-        worker.start()
+        models.start()
         yield
-        worker.stop()
-        await asyncio.to_thread(worker.join)
+        models.stop()
+        await models.join()
 
     app = FastAPI(title="Athanor", lifespan=lifespan, openapi_url=None, redirect_slashes=False)
-    guard.install(app)
-    created = int(time.time())
+    app.state.models = models
+    guard.install(app, options.api_keys)
+    about = description([model.served.name for model in models.all], keys=bool(options.api_keys))
 
     @app.get("/health")
     async def health() -> JSONResponse:
-        alive = app.state.worker.alive
-        return JSONResponse({"status": "ok" if alive else "stopped"}, 200 if alive else 503)
+        return JSONResponse({"status": "ok" if models.alive else "stopped"}, 200 if models.alive else 503)
+
+    @app.get("/version")
+    async def version() -> JSONResponse:
+        return JSONResponse({"version": athanor.__version__})
+
+    @app.get("/load")
+    async def load() -> JSONResponse:
+        return JSONResponse({"server_load": models.unfinished})
+
+    @app.get("/metrics")
+    async def measured() -> Response:
+        return Response(metrics.text(), media_type=CONTENT_TYPE_LATEST)
+
+    @app.get("/openapi.json")
+    async def openapi() -> JSONResponse:
+        return JSONResponse(about)
 
     @app.get("/v1/models")
-    async def models() -> JSONResponse:
-        return JSONResponse({"object": "list", "data": [model_body(model_name, created, engine.max_len)]})
+    async def listed() -> JSONResponse:
+        return JSONResponse({"object": "list", "data": [model.body for model in models.all]})
 
     @app.get("/v1/models/{name:path}")
-    async def model(name: str) -> JSONResponse:
-        check_model(name)
-        return JSONResponse(model_body(model_name, created, engine.max_len))
+    async def one(name: str) -> JSONResponse:
+        return JSONResponse(models.find(name).body)
 
     @app.post("/v1/chat/completions")
     async def chat_completions(request: Request) -> Response:
         chat = parse_chat(await guard.read_body(request))
-        check_model(chat.model)
-        # Encoding a long text takes a while and would hold up everybody's stream.
-        requests = await asyncio.to_thread(requests_of, chat)
-        answer = Answer(requests[0].id.rpartition("-")[0], model_name)
-        stream = await app.state.worker.submit(requests)
-        if chat.stream:
-            events = _events(stream, answer, chat.include_usage, guard.request_id_of(request.scope))
-            return _ChatStream(stream, events)
-        completions = await _collect(stream, request)
-        return Response(status_code=_CLIENT_LEFT) if completions is None else JSONResponse(answer.whole(completions))
+        model = models.find(chat.model)
+        ready = await asyncio.to_thread(prompts.of_chat, chat, model.served, options.default_max_tokens)
+        return await answer(request, model, ready, Answer(ready.id, chat, model.served.tokenizer, ready.truncated), chat.stream)
 
-    def check_model(name: str) -> None:
-        if name != model_name:
-            raise guard.ApiError(404, f"no model {name[:80]!r}: this server has {model_name!r}", "model", "model_not_found")
+    @app.post("/v1/completions")
+    async def completions(request: Request) -> Response:
+        asked = read(await guard.read_body(request), CompletionRequest)
+        model = models.find(asked.model)
+        ready = await asyncio.to_thread(prompts.of_completion, asked, model.served)
+        return await answer(
+            request, model, ready, TextWriter(ready.id, asked, model.served.tokenizer, ready.truncated), asked.stream
+        )
 
-    def requests_of(chat: ChatRequest) -> list[types.Request]:
-        prompt_ids = render(tokenizer, chat.conversation(), generation_prompt=True).ids
-        max_tokens = _limit(chat, len(prompt_ids), engine.max_len, default_max_tokens)
-        answer_id = f"chatcmpl-{uuid.uuid4().hex}"
-        return [types.Request(f"{answer_id}-{i}", prompt_ids, p) for i, p in enumerate(chat.sampling(max_tokens))]
+    @app.post("/v1/responses")
+    async def responses(request: Request) -> Response:
+        asked = read(await guard.read_body(request), ResponseRequest)
+        model = models.find(asked.model)
+        seed = secrets.randbits(62)
+        ready = await asyncio.to_thread(prompts.of_response, asked, model.served, options.default_max_tokens, seed)
+        return await answer(request, model, ready, ResponseWriter(ready.id, asked, model.served.think), asked.stream)
+
+    @app.post("/v1/embeddings")
+    async def embeddings(request: Request) -> Response:
+        asked = read(await guard.read_body(request), EmbeddingRequest)
+        model = models.find(asked.model)
+        found = await _embed(asked, model, request, options.timeout)
+        return Response(status_code=_CLIENT_LEFT) if found is None else JSONResponse(vectors_body(asked, *found))
+
+    @app.post("/tokenize")
+    async def tokenize(request: Request) -> Response:
+        asked = read(await guard.read_body(request), TokenizeRequest)
+        served = models.find(asked.model).served
+        ids = await asyncio.to_thread(prompts.tokens_of, asked, served)
+        body = {"count": len(ids), "max_model_len": served.context, "tokens": ids}
+        return JSONResponse(
+            {**body, "token_strs": list(map(Teller(served.tokenizer).text, ids))} if asked.return_token_strs else body
+        )
+
+    @app.post("/detokenize")
+    async def detokenize(request: Request) -> Response:
+        asked = read(await guard.read_body(request), DetokenizeRequest)
+        served = models.find(asked.model).served
+        prompts.check_ids({"tokens": asked.tokens}, served.tokenizer.vocab_size)
+        return JSONResponse({"prompt": await asyncio.to_thread(served.tokenizer.decode, asked.tokens)})
+
+    async def answer(request: Request, model: Running, ready: prompts.Prepared, writer: _Writer, stream: bool) -> Response:
+        request_id, note = guard.request_id_of(request.scope), guard.note_of(request.scope)
+        note.update(model=model.served.name, answer=ready.id)
+
+        def ended(done: Sequence[types.Completion]) -> None:
+            note.update(prompt_tokens=len(done[0].prompt_ids), completion_tokens=sum(len(c.ids) for c in done))
+
+        chunks = await model.worker.submit(ready.requests, options.timeout)
+        if stream:
+            said = events.events(chunks, writer, lambda error: guard.error_of(error, request_id), ended)
+            return events.EventStream(chunks, said)
+        done = await events.collect(chunks, request)
+        if done is None:
+            return Response(status_code=_CLIENT_LEFT)
+        ended(done)
+        return JSONResponse(writer.whole(done))
 
     return app
 
 
-def _limit(chat: ChatRequest, prompt: int, context: int, default: int | None) -> int:
-    """How many tokens an answer may have. Raises RequestError when prompt and answer do not fit into the context."""
-    left = context - prompt
-    if left < 1:
-        raise RequestError(
-            f"the messages are {prompt} tokens long, but the context has {context} for them and the answer: shorten them",
-            "messages",
-        )
-    if chat.limit is None:
-        return left if default is None else min(default, left)
-    if chat.limit > left:
-        raise RequestError(
-            f"{chat.limit_field} ({chat.limit}) is more than the {left} tokens that the messages ({prompt} tokens) leave of the"
-            f" context ({context}): lower it, leave it out, or shorten the messages",
-            chat.limit_field,
-        )
-    return chat.limit
+async def _embed(
+    asked: EmbeddingRequest, model: Running, request: Request, seconds: float | None
+) -> tuple[torch.Tensor, int] | None:
+    """Vectors of all texts and the number of their tokens; None when the client left.
 
+    A few texts at a time, in the engine's thread: answers in flight wait for no more than that.
+    """
+    lm = model.served.lm
+    if lm is None:
+        raise RequestError(f"model {model.served.name!r} gives no vectors: name another", "model")
+    lengths = [len(ids) for ids in await asyncio.to_thread(lambda: [lm.prompt_ids(text) for text in asked.texts])]
+    context: int = lm.config.max_positions
+    check_lengths(lengths, min(context, (lm.pooling and lm.pooling.max_length) or context))
 
-async def _collect(stream: Stream, request: Request) -> list[types.Completion] | None:
-    """The completions of all choices in order; None when the client left before they were ready."""
+    def vectors(texts: Sequence[str]) -> Callable[[], torch.Tensor]:
+        def work() -> torch.Tensor:
+            try:
+                return lm.embed(texts)
+            except ConfigError as error:
+                raise RequestError(str(error), "input") from error
 
-    async def watch() -> None:
-        while (await request.receive())["type"] != "http.disconnect":
-            pass
-        stream.close()
+        return work
 
-    watcher = asyncio.create_task(watch())
-    done: dict[str, types.Completion] = {}
-    try:
-        async for chunk in stream:
-            if chunk.completion is not None:
-                done[chunk.request_id] = chunk.completion
-    finally:
-        watcher.cancel()
-        stream.close()
-    return _in_order(stream, done) if len(done) == len(stream.requests) else None
-
-
-def _in_order(stream: Stream, done: dict[str, types.Completion]) -> list[types.Completion]:
-    return [done[request.id] for request in stream.requests]
-
-
-async def _events(stream: Stream, answer: Answer, include_usage: bool, request_id: str) -> AsyncIterator[ServerSentEvent]:
-    """The events of a streamed answer. An error after the start is an event too, and then no [DONE] follows."""
-    index = {request.id: i for i, request in enumerate(stream.requests)}
-    done: dict[str, types.Completion] = {}
-    for i in index.values():
-        yield _event(answer.opening(i))
-    try:
-        async for chunk in stream:
-            i = index[chunk.request_id]
-            if chunk.content or chunk.reasoning:
-                yield _event(answer.delta(i, chunk.content, chunk.reasoning))
-            if chunk.completion is not None:
-                done[chunk.request_id] = chunk.completion
-                yield _event(answer.closing(i, chunk.completion))
-    except AthanorError as error:
-        yield _event(bytes(guard.error_response(error, request_id).body).decode())
-        return
-    if include_usage:
-        yield _event(answer.usage(_in_order(stream, done)))
-    yield _event("[DONE]")
-
-
-def _event(data: str) -> ServerSentEvent:
-    return ServerSentEvent(data, sep="\n")
-
-
-class _ChatStream(EventSourceResponse):
-    """Server-sent events that leave nothing behind in the engine, however the response ends."""
-
-    def __init__(self, stream: Stream, events: AsyncIterator[ServerSentEvent]) -> None:
-        # A shutdown waits for answers in flight, as it does for those that are not streamed; stopping the worker ends both.
-        super().__init__(events, shutdown_grace_period=math.inf)
-        self._stream = stream
-
-    async def __call__(self, scope: Scope, receive: Receive, send: Send) -> None:
-        try:
-            await super().__call__(scope, receive, send)
-        finally:
-            self._stream.close()
+    loop = asyncio.get_running_loop()
+    end = None if seconds is None else loop.time() + seconds
+    found = []
+    for i in range(0, len(asked.texts), AT_ONCE):
+        if await request.is_disconnected():
+            return None
+        if end is not None and loop.time() > end:
+            raise DeadlineError(f"the vectors took longer than the {seconds:g} s that this server gives one answer")
+        found.append(await model.worker.call(vectors(asked.texts[i : i + AT_ONCE])))
+    return torch.cat(found), sum(lengths)

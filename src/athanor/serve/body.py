@@ -22,13 +22,16 @@ _show.maxstring = _show.maxother = _show.maxlong = 60
 show = _show.repr  # a value in a message, short whatever it is
 
 
+Fields = Mapping[str, Sequence[object]]  # names, and the values that change nothing
+
+
 class Strict(BaseModel):
     """Strict: no number from a string, no integer from a boolean, nothing unknown."""
 
     model_config = ConfigDict(strict=True, frozen=True, extra="forbid")
 
     INERT: ClassVar[frozenset[str]] = frozenset()
-    UNSUPPORTED: ClassVar[Mapping[str, Sequence[object]]] = {}
+    UNSUPPORTED: ClassVar[Fields] = {}
 
     def check(self) -> None:
         """Rules over more than one field: raises RequestError."""

@@ -5,12 +5,13 @@ from __future__ import annotations
 import json
 import time
 from collections.abc import Iterator, Sequence
-from typing import TYPE_CHECKING, Annotated
+from typing import TYPE_CHECKING, Annotated, ClassVar
 
 from pydantic import Discriminator, Field, Tag
 from typing_extensions import NotRequired, TypedDict
 
 from athanor.core.errors import RequestError
+from athanor.serve.body import Fields
 from athanor.serve.events import Event, data
 from athanor.serve.sampling import MAX_LOGPROBS, Sampling, TokenId
 from athanor.serve.shapes import ErrorBody, Json, Offsets, PromptLogprobs, Teller, TextLogprobs, Usage, usage, usage_of
@@ -46,14 +47,12 @@ class CompletionRequest(Sampling):
     """The body of POST /v1/completions."""
 
     INERT = frozenset({"user"})
-    UNSUPPORTED = {"best_of": (1,), "suffix": ()}
+    UNSUPPORTED: ClassVar[Fields] = {"best_of": (1,), "suffix": ()}
 
     prompt: Prompts
     max_tokens: int = Field(16, ge=0, lt=2**31)
     logprobs: int | None = Field(None, ge=0, le=MAX_LOGPROBS)
     echo: bool = False
-
-    limit_field = "max_tokens"
 
     @property
     def limit(self) -> int:
@@ -73,17 +72,20 @@ class CompletionRequest(Sampling):
         """The prompts one by one."""
         if isinstance(self.prompt, str):
             return [self.prompt]
-        return [self.prompt] if isinstance(self.prompt[0], int) else list(self.prompt)  # type: ignore[list-item,arg-type]  # its tag
+        return [self.prompt] if isinstance(self.prompt[0], int) else list(self.prompt)
 
     def check(self) -> None:
         super().check()
         if not self.max_tokens and not self.echo:
-            raise RequestError("'max_tokens' is 0, so there is no answer: ask for 1 at least, or for the prompt (echo)", "max_tokens")
+            raise RequestError(
+                "'max_tokens' is 0, so there is no answer: ask for 1 at least, or for the prompt (echo)", "max_tokens"
+            )
         if self.stream and not self.max_tokens:
             raise RequestError("'max_tokens' is 0, so there is nothing to stream: leave 'stream' out", "max_tokens")
         if self.stream and self.echo and self.logprobs is not None:
             raise RequestError(
-                "'logprobs' of an echoed prompt stand in no event of a stream: leave 'logprobs', 'echo' or 'stream' out", "logprobs"
+                "'logprobs' of an echoed prompt stand in no event of a stream: leave 'logprobs', 'echo' or 'stream' out",
+                "logprobs",
             )
 
     def token_ids(self) -> dict[str, list[int]]:

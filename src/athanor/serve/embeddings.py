@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import base64
 from collections.abc import Sequence
-from typing import Annotated, Literal
+from typing import Annotated, ClassVar, Literal
 
 import numpy as np
 from pydantic import Discriminator, Field, Tag
@@ -12,7 +12,7 @@ from torch import Tensor
 from typing_extensions import TypedDict
 
 from athanor.core.errors import RequestError
-from athanor.serve.body import Strict
+from athanor.serve.body import Fields, Strict
 from athanor.serve.sampling import text_or_list
 from athanor.serve.shapes import Usage, usage
 
@@ -26,7 +26,7 @@ class EmbeddingRequest(Strict):
     """The body of POST /v1/embeddings."""
 
     INERT = frozenset({"user"})
-    UNSUPPORTED = {"dimensions": ()}
+    UNSUPPORTED: ClassVar[Fields] = {"dimensions": ()}
 
     model: str
     input: Annotated[

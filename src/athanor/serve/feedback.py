@@ -21,10 +21,11 @@ from typing import Annotated, Literal
 
 from fastapi import FastAPI, Request
 from fastapi.responses import JSONResponse
-from pydantic import BaseModel, ConfigDict, Field, ValidationError
+from pydantic import Field
 
 from athanor.core.errors import CheckpointError, RequestError
 from athanor.serve import guard
+from athanor.serve.body import Strict, read
 from athanor.types import Message, Pair
 
 FILE = "feedback.db"
@@ -50,11 +51,7 @@ CREATE TABLE IF NOT EXISTS feedback (
 """
 
 
-class _Strict(BaseModel):
-    model_config = ConfigDict(strict=True, frozen=True, extra="forbid")
-
-
-class _Said(_Strict):
+class _Said(Strict):
     role: Literal["system", "user", "assistant"]
     content: str
     reasoning_content: str | None = None
@@ -63,7 +60,7 @@ class _Said(_Strict):
 _Parameter = bool | int | float | Annotated[str, Field(max_length=200)] | None
 
 
-class Opinion(_Strict):
+class Opinion(Strict):
     """The body of POST /feedback. `rating` is null where it was taken back."""
 
     request_id: str = Field(min_length=1, max_length=100)
@@ -75,17 +72,6 @@ class Opinion(_Strict):
     finish_reason: Literal["stop", "length", "abort"] | None = None
     rating: Literal["up", "down"] | None = None
     note: str = Field("", max_length=MAX_NOTE)
-
-
-def parse(body: bytes) -> Opinion:
-    """Read a body. Raises RequestError naming the field at fault."""
-    try:
-        return Opinion.model_validate_json(body)
-    except ValidationError as error:
-        first = error.errors(include_url=False, include_context=False)[0]
-        param = ".".join(str(part) for part in first["loc"])[:160]
-        said = f"{first['msg'][0].lower()}{first['msg'][1:]}"
-        raise RequestError(f"feedback{f' field {param!r}' if param else ''}: {said}; correct it", param or None) from None
 
 
 class Store:
@@ -150,7 +136,9 @@ class Store:
             with self._open() as db:
                 return [Row(*row) for row in db.execute(f"SELECT {fields} FROM feedback ORDER BY time, request_id")]
         except sqlite3.DatabaseError as error:
-            raise CheckpointError(f"{str(self.path)!r} is no feedback that this version reads ({error}): restore a copy") from error
+            raise CheckpointError(
+                f"{str(self.path)!r} is no feedback that this version reads ({error}): restore a copy"
+            ) from error
 
     @contextmanager
     def _open(self) -> Iterator[sqlite3.Connection]:
@@ -224,6 +212,6 @@ def install(app: FastAPI, path: Path) -> None:
 
     @app.post("/feedback", include_in_schema=False)
     async def feedback(request: Request) -> JSONResponse:
-        opinion = parse(await guard.read_body(request))
+        opinion = read(await guard.read_body(request), Opinion)
         await asyncio.to_thread(store.put, opinion)
         return JSONResponse({"request_id": opinion.request_id, "rating": opinion.rating, "note": opinion.note})

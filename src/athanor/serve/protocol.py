@@ -5,13 +5,13 @@ from __future__ import annotations
 import json
 import time
 from collections.abc import Iterator, Sequence
-from typing import TYPE_CHECKING, Annotated, Literal
+from typing import TYPE_CHECKING, Annotated, ClassVar, Literal
 
 from pydantic import Discriminator, Field, Tag
 from typing_extensions import NotRequired, TypedDict
 
 from athanor.core.errors import RequestError
-from athanor.serve.body import Strict, read, show
+from athanor.serve.body import Fields, Strict, read, show
 from athanor.serve.events import Event, data
 from athanor.serve.sampling import MAX_LOGPROBS, Sampling, text_or_list
 from athanor.serve.shapes import ChatLogprobs, ErrorBody, Json, PromptLogprobs, Teller, Usage, usage, usage_of
@@ -29,7 +29,7 @@ class TextPart(Strict):
 
 class ChatMessage(Strict):
     # What a client sends back when it repeats an answer as history: all null or empty here.
-    UNSUPPORTED = {
+    UNSUPPORTED: ClassVar[Fields] = {
         "annotations": ([],),
         "audio": (),
         "function_call": (),
@@ -57,7 +57,7 @@ class ChatRequest(Sampling):
     INERT = frozenset(
         {"user", "metadata", "safety_identifier", "prompt_cache_key", "prompt_cache_options", "prompt_cache_retention"}
     )
-    UNSUPPORTED = {
+    UNSUPPORTED: ClassVar[Fields] = {
         "audio": (),
         "function_call": ("none", "auto"),
         "functions": ([],),
@@ -222,8 +222,8 @@ class Answer:
     def opening(self, prompts: Sequence[Sequence[int]]) -> Iterator[Event]:
         """The first event of each choice: its role."""
         for i, prompt in enumerate(prompts):
-            more = {"prompt_token_ids": list(prompt)} if self._chat.return_token_ids else {}
-            yield self._event(i, {"role": "assistant", "content": ""}, len(prompt), **more)
+            top: Json = {"prompt_token_ids": list(prompt)} if self._chat.return_token_ids else {}
+            yield self._event(i, {"role": "assistant", "content": ""}, len(prompt), top=top)
 
     def chunk(self, index: int, chunk: Chunk, prompt: int) -> Iterator[Event]:
         """The events of what is new of a choice; the last of them has its finish_reason."""
@@ -254,9 +254,9 @@ class Answer:
     def _head(self) -> Json:
         return {"id": self._id, "created": self._created, "model": self._chat.model, "object": "chat.completion.chunk"}
 
-    def _event(self, index: int, delta: dict[str, str], prompt: int, more: Json | None = None, **top: object) -> Event:
+    def _event(self, index: int, delta: dict[str, str], prompt: int, more: Json | None = None, top: Json | None = None) -> Event:
         choice = {"index": index, "delta": delta, "logprobs": None, "finish_reason": None, **(more or {})}
-        body = {**self._head(), "choices": [choice], **top}
+        body = {**self._head(), "choices": [choice], **(top or {})}
         if self._chat.usage_in_every_event:
             body["usage"] = usage(prompt, self._new[index], truncated=self._truncated)
         return data(json.dumps(body))

@@ -5,12 +5,12 @@ from __future__ import annotations
 import json
 import time
 from collections.abc import Iterator, Sequence
-from typing import TYPE_CHECKING, Annotated, Literal
+from typing import TYPE_CHECKING, Annotated, ClassVar, Literal
 
 from pydantic import Discriminator, Field, Tag
 from typing_extensions import NotRequired, TypedDict
 
-from athanor.serve.body import Strict
+from athanor.serve.body import Fields, Strict
 from athanor.serve.events import Event, data
 from athanor.serve.sampling import text_or_list
 from athanor.serve.shapes import ErrorBody, Json
@@ -21,7 +21,7 @@ if TYPE_CHECKING:
 
 
 class InputText(Strict):
-    UNSUPPORTED = {"annotations": ([],), "logprobs": ([],)}  # of an answer that is sent back
+    UNSUPPORTED: ClassVar[Fields] = {"annotations": ([],), "logprobs": ([],)}  # of an answer that is sent back
 
     type: Literal["input_text", "output_text"]
     text: str
@@ -29,7 +29,7 @@ class InputText(Strict):
 
 class InputMessage(Strict):
     INERT = frozenset({"id", "status"})  # of an answer that is sent back
-    UNSUPPORTED = {"phase": ()}
+    UNSUPPORTED: ClassVar[Fields] = {"phase": ()}
 
     type: Literal["message"] = "message"
     role: Literal["system", "developer", "user", "assistant"]
@@ -47,10 +47,13 @@ class ResponseRequest(Strict):
     INERT = frozenset(
         {"user", "metadata", "safety_identifier", "prompt_cache_key", "prompt_cache_options", "prompt_cache_retention"}
     )
-    UNSUPPORTED = {
+    UNSUPPORTED: ClassVar[Fields] = {
+        "access_programs": (),
         "background": (False,),
+        "background_options": (),
         "context_management": ([],),
         "conversation": (),
+        "image": (),
         "include": ([],),
         "max_tool_calls": (),
         "moderation": (),

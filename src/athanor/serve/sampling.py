@@ -4,12 +4,12 @@ from __future__ import annotations
 
 import json
 import secrets
-from typing import Annotated, Any, Literal
+from typing import Annotated, Any, ClassVar, Literal
 
 from pydantic import Discriminator, Field, Tag
 
 from athanor.core.errors import RequestError
-from athanor.serve.body import Strict
+from athanor.serve.body import Fields, Strict
 from athanor.types import SamplingParams, Structure
 
 MAX_CHOICES = 8
@@ -41,7 +41,7 @@ _Schema = dict[str, Any]
 
 
 class StreamOptions(Strict):
-    UNSUPPORTED = {"include_obfuscation": (False,)}
+    UNSUPPORTED: ClassVar[Fields] = {"include_obfuscation": (False,)}
 
     include_usage: bool = False
     continuous_usage_stats: bool = False
@@ -74,7 +74,7 @@ Format = Annotated[Annotated[AnyFormat, Tag("<any>")] | Annotated[SchemaFormat, 
 class StructuredOutputs(Strict):
     """One of the five."""
 
-    UNSUPPORTED = {
+    UNSUPPORTED: ClassVar[Fields] = {
         "disable_additional_properties": (False,),
         "disable_any_whitespace": (False,),
         "disable_fallback": (False,),
@@ -125,7 +125,9 @@ def _schema(schema: _Schema | str, param: str) -> Structure:
     while level := [x for x in level if isinstance(x, (dict, list))]:
         depth += 1
         if depth > MAX_DEPTH:
-            raise RequestError(f"'{param}' is nested deeper than {MAX_DEPTH} levels, the most this server reads: flatten it", param)
+            raise RequestError(
+                f"'{param}' is nested deeper than {MAX_DEPTH} levels, the most this server reads: flatten it", param
+            )
         level = [child for x in level for child in (x.values() if isinstance(x, dict) else x)]
     text = json.dumps(schema)
     if len(text) > MAX_STRUCTURE:
@@ -188,10 +190,17 @@ class Sampling(Strict):
 
     def check(self) -> None:
         if self.stream_options is not None and not self.stream:
-            raise RequestError("'stream_options' is allowed only with \"stream\": true: add that or leave it out", "stream_options")
+            raise RequestError(
+                "'stream_options' is allowed only with \"stream\": true: add that or leave it out", "stream_options"
+            )
         if self.stream and self.prompt_logprobs is not None:
             raise RequestError("'prompt_logprobs' stand in no event of a stream: leave them or 'stream' out", "prompt_logprobs")
-        self.structure()
+        if self.structure() is not None:
+            for field in ("allowed_token_ids", "bad_words", "min_tokens", "ignore_eos"):
+                if getattr(self, field):
+                    raise RequestError(
+                        f"'{field}' does not go with a form of the answer, which says alone what may come: leave one out", field
+                    )
 
     def structure(self) -> Structure | None:
         """The form that the answer must have. Raises RequestError for more than one."""

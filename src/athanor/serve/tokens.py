@@ -27,7 +27,9 @@ class TokenizeRequest(Strict):
         if (self.prompt is None) == (self.messages is None):
             raise RequestError("a request has either 'prompt' or 'messages': send one of them", "prompt")
         if self.prompt is None and self.add_special_tokens is not None:
-            raise RequestError("'add_special_tokens' is for a 'prompt', conversations have theirs: leave it out", "add_special_tokens")
+            raise RequestError(
+                "'add_special_tokens' is for a 'prompt', conversations have theirs: leave it out", "add_special_tokens"
+            )
         if self.messages is None and self.add_generation_prompt is not None:
             raise RequestError("'add_generation_prompt' is for 'messages': leave it out", "add_generation_prompt")
 

@@ -115,7 +115,9 @@ class Stream:
 
     def _expire(self) -> None:
         if self._open:
-            self._items.put_nowait(DeadlineError(f"the answer took longer than the {self._seconds:g} s that this server gives one"))
+            self._items.put_nowait(
+                DeadlineError(f"the answer took longer than the {self._seconds:g} s that this server gives one")
+            )
             self._drop(self)
 
     def _silence(self) -> None:
@@ -147,7 +149,7 @@ class Stream:
 class Worker:
     """One background thread over one engine.
 
-    engine     whatever has add(request), abort(id), step() -> chunks and has_work (and stats(), where it counts); nothing else may
+    engine     whatever has add(request), abort(id), step() -> chunks, has_work and, where it counts, stats(); nothing else may
                touch it meanwhile
     max_queue  unfinished requests, running and waiting together, before `submit` raises QueueFullError
     watch      is told of every step
@@ -216,11 +218,18 @@ class Worker:
         return await future
 
     def _command(self, command: Callable[[], object], slots: int) -> None:
+        if slots > self._max_queue:
+            raise RequestError(
+                f"{slots} answers are asked for, and this server takes {self._max_queue} at once: ask for fewer in one request",
+                "n",
+            )
         with self._lock:
             if self._stopped:
                 raise StoppingError("the server is shutting down")
             if self._taken + slots > self._max_queue:
-                raise QueueFullError(f"{self._taken} requests are in flight already and this server takes {self._max_queue}: retry later")
+                raise QueueFullError(
+                    f"this server takes {self._max_queue} requests at once, and {self._taken} are in flight already: retry later"
+                )
             self._taken += slots
             self._commands.put(command)
 

@@ -7,19 +7,30 @@ what people wrote is encoded apart, with control tokens disabled, so text can ne
 from __future__ import annotations
 
 from collections.abc import Iterable, Mapping, Sequence
-from dataclasses import dataclass
-from typing import Any, get_args
+from dataclasses import dataclass, field
+from typing import Any
 
-from athanor.core.errors import RequestError, nearest
+from athanor.core.errors import RequestError
 from athanor.tokenizer.bpe import Tokenizer
-from athanor.tokenizer.template import TEMPLATE, template_hash
+from athanor.tokenizer.messages import messages_from, to_json, tools_from
+from athanor.tokenizer.template import ARGUMENTS, CALL, TEMPLATE, TOOL, TOOL_DEFINITION, template_hash
 from athanor.tokenizer.vocabulary import Vocabulary
-from athanor.types import ROLES, Conversation, Message, Role
+from athanor.types import Conversation, Message, Role, Tool, ToolCall
 
-__all__ = ["TEMPLATE", "Rendered", "messages_from", "ours", "parse", "render", "split", "template_hash", "well_formed"]
-
-_EXAMPLE = "{'role': 'user', 'content': '...'}"
-_FIELDS = ("role", "content", "reasoning", "reasoning_content")
+__all__ = [
+    "TEMPLATE",
+    "Parts",
+    "Rendered",
+    "messages_from",
+    "ours",
+    "parse",
+    "parts",
+    "render",
+    "split",
+    "template_hash",
+    "tools_from",
+    "well_formed",
+]
 
 
 @dataclass(frozen=True, slots=True)
@@ -50,18 +61,29 @@ def render(
 ) -> Rendered:
     """`<|bos|>`, then `<|role|>` content `<|end|>` for each message.
 
-    An assistant's reasoning stands as `<think>` reasoning `</think>` before its content. Learned is everything after
-    `<|assistant|>` up to and including its `<|end|>`. With `generation_prompt` an `<|assistant|>` is appended for the model to
-    go on from. Raises RequestError as `messages_from` and `ours` do.
+    An assistant's reasoning stands as `<think>` reasoning `</think>` before its content, its calls of tools after it, each as
+    CALL name ARGUMENTS arguments. Tools stand after the content of their system message, each as TOOL_DEFINITION and JSON text.
+    Learned is everything after `<|assistant|>` up to and including its `<|end|>`. With `generation_prompt` an `<|assistant|>` is
+    appended for the model to go on from. Raises RequestError as `messages_from` and `ours` do.
     """
     tokenizer = ours(tokenizer)
+    control = tokenizer.control
     ids, loss_mask = [tokenizer.bos_id], [False]
-    starts = {"system": tokenizer.system_id, "user": tokenizer.user_id, "assistant": tokenizer.assistant_id}
+    starts: dict[Role, int] = {
+        "system": tokenizer.system_id,
+        "user": tokenizer.user_id,
+        "assistant": tokenizer.assistant_id,
+        "tool": control[TOOL],
+    }
     for message in messages_from(conversation):
         body: list[int] = []
         if message.reasoning is not None:
             body += [tokenizer.think_id, *tokenizer.encode(message.reasoning), tokenizer.end_think_id]
         body += tokenizer.encode(message.content)
+        for tool in message.tools:
+            body += [control[TOOL_DEFINITION], *tokenizer.encode(definition(tool))]
+        for call in message.tool_calls:
+            body += [control[CALL], *tokenizer.encode(call.name), control[ARGUMENTS], *tokenizer.encode(call.arguments)]
         body.append(tokenizer.end_id)
         ids.append(starts[message.role])
         loss_mask.append(False)
@@ -73,40 +95,87 @@ def render(
     return Rendered(ids, loss_mask)
 
 
-def split(tokenizer: Vocabulary, ids: Iterable[int]) -> tuple[list[int], list[int] | None]:
-    """Content ids and reasoning ids (None when `<think>` never came) of an answer up to its `<|end|>`; control ids left out.
+def definition(tool: Tool) -> str:
+    """How a model reads of a tool: JSON of its name and of what is known of its description and parameters."""
+    text = f'{{"name": {to_json(tool.name)}'
+    if tool.description:
+        text += f', "description": {to_json(tool.description)}'
+    if tool.parameters is not None:
+        text += f', "parameters": {tool.parameters}'
+    return text + "}"
 
-    What follows `<think>` is reasoning until `</think>`, or to the end when that never comes.
+
+@dataclass(slots=True)
+class Parts:
+    """The tokens of an answer by what they are; control tokens left out.
+
+    content    of the answer
+    reasoning  None when `<think>` never came
+    calls      of each call, its name and its arguments; None where it ended, or another call began, before there were any
+    """
+
+    content: list[int] = field(default_factory=list)
+    reasoning: list[int] | None = None
+    calls: list[tuple[list[int], list[int] | None]] = field(default_factory=list)
+
+
+def parts(tokenizer: Vocabulary, ids: Iterable[int]) -> Parts:
+    """What the tokens of an answer up to its `<|end|>` are; takes any ids.
+
+    What follows `<think>` is reasoning until `</think>`, or to the end when that never comes; within it nothing else begins. A
+    call ends where the next one or the answer does.
     """
     tokenizer = ours(tokenizer)
-    content: list[int] = []
-    reasoning: list[int] | None = None
+    call_id, arguments_id = tokenizer.control[CALL], tokenizer.control[ARGUMENTS]
+    answer = Parts()
+    place = answer.content
     thinking = False
     for id in ids:
         if id == tokenizer.end_id:
             break
         if id == tokenizer.think_id:
             thinking = True
-            reasoning = [] if reasoning is None else reasoning
+            answer.reasoning = [] if answer.reasoning is None else answer.reasoning
         elif id == tokenizer.end_think_id:
             thinking = False
         elif id >= len(tokenizer.control):
             if thinking:
-                assert reasoning is not None
-                reasoning.append(id)
+                assert answer.reasoning is not None
+                answer.reasoning.append(id)
             else:
-                content.append(id)
-    return content, reasoning
+                place.append(id)
+        elif thinking:
+            continue
+        elif id == call_id:
+            place = []
+            answer.calls.append((place, None))
+        elif id == arguments_id and answer.calls and answer.calls[-1][1] is None:
+            place = []
+            answer.calls[-1] = (answer.calls[-1][0], place)
+    return answer
+
+
+def split(tokenizer: Vocabulary, ids: Iterable[int]) -> tuple[list[int], list[int] | None]:
+    """Content ids and reasoning ids (None when `<think>` never came) of an answer, as `parts` gives them."""
+    answer = parts(tokenizer, ids)
+    return answer.content, answer.reasoning
 
 
 def parse(tokenizer: Vocabulary, ids: Iterable[int]) -> Message:
     """The message that `ids` (what stands after `<|assistant|>`) are; takes any ids. `parse(render(message)) == message`.
 
     An unclosed `<think>` makes all that follows it reasoning; what comes after `<|end|>` is not read; other control
-    tokens are left out.
+    tokens are left out. A call without a name or without arguments is none: its text is content. Calls have no ids.
     """
-    content, reasoning = split(tokenizer, ids)
-    return Message("assistant", tokenizer.decode(content), None if reasoning is None else tokenizer.decode(reasoning))
+    answer = parts(tokenizer, ids)
+    content, calls = answer.content, list[ToolCall]()
+    for name, arguments in answer.calls:
+        if name and arguments is not None:
+            calls.append(ToolCall("", tokenizer.decode(name), tokenizer.decode(arguments)))
+        else:
+            content = [*content, *name, *(arguments or ())]
+    reasoning = None if answer.reasoning is None else tokenizer.decode(answer.reasoning)
+    return Message("assistant", tokenizer.decode(content), reasoning, tuple(calls))
 
 
 def well_formed(tokenizer: Vocabulary, ids: Sequence[int]) -> bool:
@@ -118,57 +187,3 @@ def well_formed(tokenizer: Vocabulary, ids: Sequence[int]) -> bool:
     if ids[0] != tokenizer.think_id or ids[-1] != tokenizer.end_id:
         return False
     return bool(parse(tokenizer, ids).content.strip())
-
-
-def messages_from(messages: Conversation | Sequence[Mapping[str, Any]]) -> tuple[Message, ...]:
-    """Messages, or mappings of role, content and reasoning (or reasoning_content), as checked Messages.
-
-    A key of a mapping that we do not know is allowed when its value says nothing (None, or an empty list), so that an answer of
-    an OpenAI client can be sent back. Raises RequestError (param "messages") for anything else that does not fit.
-    """
-    if isinstance(messages, (str, bytes, Mapping)) or not isinstance(messages, Sequence):
-        raise _error(f"messages must be a list of messages, not {type(messages).__name__}: use [{_EXAMPLE}]")
-    if not messages:
-        raise _error("messages is empty: give at least one message with role 'user'")
-    return tuple(_message(i, item) for i, item in enumerate(messages))
-
-
-def _message(i: int, item: object) -> Message:
-    where = f"messages[{i}]"
-    if isinstance(item, Message):
-        role, content, reasoning = item.role, item.content, item.reasoning
-    elif isinstance(item, Mapping):
-        for key in item:
-            if key not in _FIELDS and item[key] not in (None, []):
-                raise _error(f"{where} field {key!r} must be one of {', '.join(_FIELDS)}{nearest(str(key), _FIELDS)}")
-        missing = [key for key in ("role", "content") if key not in item]
-        if missing:
-            raise _error(f"{where} lacks {' and '.join(missing)}: every message has a role and a content")
-        role, content = item["role"], item["content"]
-        given = [item[key] for key in ("reasoning", "reasoning_content") if item.get(key) is not None]
-        if len(given) == 2 and given[0] != given[1]:
-            raise _error(f"{where} has two different texts in reasoning and reasoning_content: give one of them")
-        reasoning = given[0] if given else None
-    else:
-        raise _error(f"{where} must be a message, not {type(item).__name__}: use {_EXAMPLE}")
-    if role not in get_args(Role):
-        raise _error(f"{where}.role {role!r} must be one of {', '.join(ROLES)}{nearest(str(role), ROLES)}")
-    if not isinstance(content, str):
-        raise _error(f"{where}.content must be a text, not {type(content).__name__}: give a string ('' for none)")
-    if reasoning is not None and not isinstance(reasoning, str):
-        raise _error(f"{where}.reasoning must be a text, not {type(reasoning).__name__}: give a string, or leave it out")
-    if reasoning is not None and role != "assistant":
-        raise _error(f"{where}.reasoning is for role 'assistant' only, the role is {role!r}: leave it out")
-    for field, text in (("content", content), ("reasoning", reasoning or "")):
-        try:
-            text.encode("utf-8")
-        except UnicodeEncodeError as error:
-            raise _error(
-                f"{where}.{field} has the lone surrogate U+{ord(text[error.start]):04X} at character {error.start},"
-                " which is no character: remove it"
-            ) from error
-    return Message(role, content, reasoning)
-
-
-def _error(message: str) -> RequestError:
-    return RequestError(message, param="messages")

@@ -70,9 +70,13 @@ export class Cell {
     this.up.onclick = () => this.rate("up");
     this.down.onclick = () => this.rate("down");
     this.copy.onclick = async () => {
-      await navigator.clipboard.writeText(this.shown.text);
-      announce("copied");
-      label(this.copy, say("copied"));
+      try {
+        await navigator.clipboard.writeText(this.shown.text);
+        announce("copied");
+        label(this.copy, say("copied"));
+      } catch {
+        getSelection().selectAllChildren(this.text); // no clipboard without HTTPS, or not allowed: ready for Ctrl-C at least
+      }
     };
     this.pen.onclick = () => {
       this.noteForm.hidden = !this.noteForm.hidden;
@@ -154,7 +158,7 @@ export class Cell {
     this.back.disabled = this.at === 0;
     this.forth.disabled = this.at === this.answers.length - 1;
     this.again.hidden = !this.last;
-    this.copy.hidden = !answer.text || !navigator.clipboard;
+    this.copy.hidden = !answer.text;
     this.feedback.hidden = !RATES || !answer.text || !answer.id;
     this.up.setAttribute("aria-pressed", String(answer.rating === "up"));
     this.down.setAttribute("aria-pressed", String(answer.rating === "down"));

@@ -36,6 +36,7 @@ function settingsAreGood() {
   if (!bad) return true;
   openSettings(true);
   bad.reportValidity();
+  bad.focus();
   return false;
 }
 
@@ -101,6 +102,7 @@ function redrawControls() {
 function openSettings(open) {
   $("settings").hidden = !open;
   $("settings-button").setAttribute("aria-expanded", String(open));
+  if (open && matchMedia("(max-width: 62rem)").matches) scrollTo(0, 0); // there it stands above the conversation
 }
 
 // Follow the answer while the reader is at its end.

@@ -1,0 +1,376 @@
+"""Structured output: which tokens may come next, so that an answer has the form that was asked for.
+
+The grammar is computed by the library llguidance (an extra); what stands here is its meeting with our two kinds of tokenizers,
+with tokens that end a text, and with what people send. A form is compiled once and then followed by any number of answers:
+
+    grammar = constrained.compile(structure, tokenizer, vocab_size)
+    form = Constraint(grammar, end_ids)
+    while not form.done:
+        form.advance(choose(logits.masked_fill(~form.allowed(), -inf)))
+
+Legend: V vocabulary of the model, which may be larger than the tokenizer's.
+"""
+
+from __future__ import annotations
+
+import json
+import threading
+from collections.abc import Collection, Sequence
+from dataclasses import dataclass, field
+from functools import lru_cache
+from typing import TYPE_CHECKING, Any, Literal
+
+import numpy as np
+import torch
+from torch import Tensor
+
+from athanor.core.errors import MissingExtraError, RequestError
+from athanor.tokenizer.bpe import BYTE_OF_LETTER, Tokenizer
+from athanor.tokenizer.template import ARGUMENTS, CALL, END_THINK, THINK
+from athanor.tokenizer.vocabulary import Vocabulary
+from athanor.types import Structure
+
+if TYPE_CHECKING:
+    from llguidance import LLMatcher, LLTokenizer
+
+MAX_LENGTH = 2**16
+"""Characters of a schema, expression or grammar at most, and of the choices together."""
+
+_NAMED = (CALL, ARGUMENTS, THINK, END_THINK)  # control tokens that a grammar may ask for by name
+# Blanks between the parts of a JSON text: enough for indentation, too few for an answer that is nothing else.
+_JSON = {"whitespace_pattern": r"[ \t\r\n]{1,32}", "lenient": False}
+_STATES = 50_000  # of the lexer, 1 to 2 kB each
+# A long chain of rules is followed by recursion, which a usual stack does not hold for the longest that MAX_LENGTH lets through.
+_STACK = 2**29
+_stack_lock = threading.Lock()
+_BROKE_OFF = "could not be followed to the end of the answer"
+
+Kind = Literal["json_schema", "json", "regex", "choice", "grammar"]
+_PARAM: dict[Kind, str] = {"json_schema": "response_format", "json": "response_format"}
+
+
+@dataclass(frozen=True, eq=False)
+class Grammar:
+    """A form that `compile` has made ready; it never changes and may be shared by threads."""
+
+    tokenizer: Vocabulary
+    vocab_size: int
+    table: _Table
+    param: str
+    _matcher: LLMatcher
+
+    def matcher(self) -> LLMatcher:
+        """A new walk through it, from its beginning."""
+        return self._matcher.deep_copy()
+
+
+class Constraint:
+    """One answer's way through a grammar.
+
+    Args:
+        grammar: the form.
+        end_ids: tokens that end the answer; they are allowed exactly where the form may end.
+        before: what the answer goes on from. Some vocabularies write no space where a text begins, and there no token is allowed
+            whose space would be lost.
+        reasoning: whether the answer may think first: what stands between `<think>` and `</think>` at its beginning is free.
+            Changes nothing where the vocabulary has no such tokens.
+
+    Raises:
+        RequestError: no token may come first.
+    """
+
+    def __init__(
+        self, grammar: Grammar, end_ids: Collection[int] = (), *, before: Sequence[int] = (), reasoning: bool = False
+    ) -> None:
+        self._grammar = grammar
+        self._matcher = grammar.matcher()
+        self._end_ids = frozenset(end_ids)
+        self._ends = [id for id in self._end_ids if id < grammar.vocab_size]
+        self._think_id = grammar.tokenizer.think_id if reasoning else None
+        # What each token so far was part of; thoughts and ends are no business of the grammar.
+        self._parts: list[Literal["thought", "form", "end"]] = []
+        self._thinking = [False]
+        self._lost = grammar.table.spaces if _loses_space(grammar, before) else None
+        if not self.allowed().any() and not self.done:
+            raise _error(grammar.param, "no token of this model's vocabulary can stand at its beginning", "use another form")
+
+    @property
+    def done(self) -> bool:
+        """Whether nothing but an end may follow: the form is complete and cannot go on, or an end was taken."""
+        if self._parts and self._parts[-1] == "end":
+            return True
+        return not self._thinking[-1] and self._matcher.is_stopped() and not self._matcher.is_error()
+
+    def allowed(self) -> Tensor:
+        """Which tokens may come next: (V,) bool, on the CPU. Tokens that end the answer are among them where the form may end.
+
+        Once `done`, it holds at most those; it is empty only where nothing may follow and no token ends the answer. Raises
+        RequestError when the form leads nowhere with this vocabulary, or has become too complex to follow.
+        """
+        grammar, table = self._grammar, self._grammar.table
+        mask = np.zeros(grammar.vocab_size, dtype=bool)
+        if self._parts and self._parts[-1] == "end":
+            return torch.from_numpy(mask)
+        n = min(grammar.vocab_size, len(table.text))
+        if self._thinking[-1]:
+            mask[:n] = table.text[:n]
+            mask[self._ends] = False
+            mask[grammar.tokenizer.end_think_id] = True
+            return torch.from_numpy(mask)
+        bits = np.unpackbits(np.frombuffer(self._matcher.compute_bitmask(), np.uint8), bitorder="little")
+        if self._matcher.is_error():
+            raise _error(grammar.param, _reason(self._matcher.get_error()), "use a simpler form", _BROKE_OFF)
+        mask[:n] = bits[:n].astype(bool) & table.permitted[:n]
+        if self._lost is not None and "form" not in self._parts:
+            mask[:n] &= ~self._lost[:n]
+        may_end = bool(bits[len(table.text)])
+        mask[self._ends] = may_end
+        if self._think_id is not None and not self._parts:
+            mask[self._think_id] = True
+        if self._parts and not may_end and not mask.any():
+            raise _error(
+                grammar.param, "no token of this model's vocabulary may stand where the answer is", "use another form", _BROKE_OFF
+            )
+        return torch.from_numpy(mask)
+
+    def advance(self, id: int) -> None:
+        """Take the next token, one of those allowed."""
+        assert not (self._parts and self._parts[-1] == "end"), "the answer has ended"
+        thinking = self._thinking[-1]
+        if thinking or (id == self._think_id and not self._parts):
+            self._parts.append("thought")
+            self._thinking.append(id != self._grammar.tokenizer.end_think_id)
+            return
+        if id in self._end_ids:
+            self._parts.append("end")
+        else:
+            took = self._matcher.consume_token(id)
+            assert took, f"token {id} is none of those that were allowed: {self._matcher.get_error()}"
+            self._parts.append("form")
+        self._thinking.append(False)
+
+    def rollback(self, n: int) -> None:
+        """Take back the last n tokens."""
+        assert 0 <= n <= len(self._parts), f"{len(self._parts)} tokens were taken, {n} cannot be taken back"
+        if n:
+            formed = self._parts[-n:].count("form")
+            del self._parts[-n:], self._thinking[-n:]
+            if formed:
+                self._matcher.rollback(formed)
+
+
+def compile(structure: Structure, tokenizer: Vocabulary, vocab_size: int, *, param: str | None = None) -> Grammar:
+    """Make `structure` ready for answers of a model of `vocab_size` tokens; kept, so that the next time costs nothing.
+
+    It takes milliseconds, or a second for the largest forms, and some seconds for the first one with a new tokenizer.
+
+    Args:
+        structure: see `types.Structure`. A grammar is in llguidance's Lark; of control tokens it can ask for those of thoughts
+            and of calls of tools, and for no other.
+        param: the request's field that errors name, response_format for JSON and structured_outputs for the others by default.
+
+    Raises:
+        MissingExtraError: llguidance is not installed.
+        RequestError: the structure is malformed, uses what the library does not know, can never be fulfilled, or is too large.
+    """
+    param = param or _PARAM.get(structure.kind, "structured_outputs")
+    key = _Key(type(tokenizer), tokenizer.hash, tokenizer)
+    table = _table(key)
+    matcher = _compiled(structure.kind, structure.value, key, param)
+    return Grammar(tokenizer, vocab_size, table, param, matcher)
+
+
+@dataclass(frozen=True)
+class _Key:
+    """What is kept of a tokenizer is that of every equal one."""
+
+    kind: type
+    hash: str
+    tokenizer: Vocabulary = field(compare=False)
+
+
+@lru_cache(maxsize=256)
+def _compiled(kind: Kind, value: str, key: _Key, param: str) -> LLMatcher:
+    from llguidance import LLMatcher, LLParserLimits
+
+    if len(value) > MAX_LENGTH:
+        raise _error(param, f"its {kind} has {len(value)} characters and may have {MAX_LENGTH}", "make it shorter")
+    grammar = _grammar_text(kind, value, param)
+    inner = _table(key).inner
+    limits = LLParserLimits(max_lexer_states=_STATES, verbose_errors=False)
+    made: list[LLMatcher] = []
+
+    def make() -> None:
+        matcher = LLMatcher(inner, grammar, log_level=0, limits=limits)
+        if not matcher.is_error():
+            matcher.compute_bitmask()  # some forms show only here that they cannot be followed
+        made.append(matcher)
+
+    with _stack_lock:
+        usual = threading.stack_size(_STACK)
+        try:
+            thread = threading.Thread(target=make, name="athanor-grammar")
+            thread.start()
+        finally:
+            threading.stack_size(usual)
+    thread.join()
+    matcher = made[0]
+    if matcher.is_error():
+        what = {"json_schema": "schema", "json": "schema"}.get(kind, kind)
+        raise _error(param, _reason(matcher.get_error()), f"correct the {what}, or leave out what is not supported")
+    return matcher
+
+
+def _grammar_text(kind: Kind, value: str, param: str) -> str:
+    """What llguidance reads."""
+    from llguidance import LLMatcher
+
+    if kind == "grammar":
+        return LLMatcher.grammar_from_lark(value)
+    if kind == "regex":
+        return LLMatcher.grammar_from_regex(value)
+    if kind == "choice":
+        choices = _parsed(value, "the choices", param)
+        if not isinstance(choices, list) or not choices or not all(isinstance(choice, str) for choice in choices):
+            raise _error(param, "choice must be a list of at least one text", 'give texts, ["yes", "no"]')
+        return LLMatcher.grammar_from_regex("|".join(map(_literal, choices)))
+    schema = {"type": "object"} if kind == "json" else _parsed(value, "the schema", param)
+    if not isinstance(schema, (dict, bool)):
+        raise _error(param, f"the schema must be an object or a boolean, not {type(schema).__name__}", 'give {"type": "object"}')
+    # As an object even where everything or nothing is allowed: the library reads its own settings out of it.
+    as_object = schema if isinstance(schema, dict) else {} if schema else {"not": {}}
+    try:
+        return LLMatcher.grammar_from_json_schema(json.dumps(as_object), overrides=_JSON)  # type: ignore[arg-type]  # all optional
+    except ValueError as error:
+        raise _error(param, _reason(str(error)), "correct the schema") from None
+
+
+def _literal(text: str) -> str:
+    """A regular expression for `text` alone."""
+    return "".join(c if c.isascii() and c.isalnum() else f"\\x{{{ord(c):x}}}" for c in text)
+
+
+def _parsed(text: str, what: str, param: str) -> Any:
+    try:
+        return json.loads(text)
+    except RecursionError:
+        raise _error(param, f"{what} nests too deeply", "make it flatter") from None
+    except ValueError as error:
+        raise _error(param, f"{what} is not JSON ({error})", "correct it") from None
+
+
+def _error(param: str, reason: str, remedy: str, problem: str = "cannot be followed") -> RequestError:
+    return RequestError(f"the form that {param} asks for {problem}: {reason}; {remedy}", param)
+
+
+def _reason(message: str) -> str:
+    """The library's own words, on one line and without what it shows of the grammar."""
+    lines = [line.strip() for line in message.split("<state>")[0].splitlines() if "⟦" not in line]
+    first = " ".join(line for line in lines if line and "|" not in line[:6])
+    return first[:300].rstrip(" .") or message[:300]
+
+
+# --- tokenizers
+
+
+@dataclass(frozen=True, eq=False)
+class _Table:
+    """A tokenizer as the library reads it: a token's bytes for each of its ids.
+
+    text       tokens that stand for bytes
+    permitted  those, and control tokens that a grammar may ask for by name
+    spaces     tokens that begin with a space
+    """
+
+    inner: LLTokenizer
+    text: np.ndarray[Any, np.dtype[np.bool_]]
+    permitted: np.ndarray[Any, np.dtype[np.bool_]]
+    spaces: np.ndarray[Any, np.dtype[np.bool_]]
+
+
+@lru_cache(maxsize=8)
+def _table(key: _Key) -> _Table:
+    tokenizer = key.tokenizer
+    try:
+        from llguidance import LLTokenizer, TokenizerWrapper
+    except ModuleNotFoundError as error:
+        raise MissingExtraError(
+            "structured output is computed by llguidance, which is not installed: pip install 'athanor-lm[structured]'"
+        ) from error
+    tokens = token_bytes(tokenizer)
+    text = np.array([bool(token) for token in tokens])
+    permitted, named = text.copy(), list[int]()
+    if isinstance(tokenizer, Tokenizer):
+        named = [tokenizer.control[name] for name in _NAMED]
+        for name, id in zip(_NAMED, named, strict=True):
+            tokens[id] = name.encode()
+            permitted[id] = True
+    spaces = np.array([token.startswith(b" ") for token in tokens])
+    return _Table(LLTokenizer(TokenizerWrapper(_Wrapped(tokenizer, tokens, named))), text, permitted, spaces)
+
+
+class _Wrapped:
+    """What the library asks of a tokenizer. The token that ends a text is one of its own, behind ours."""
+
+    bos_token_id = None
+
+    def __init__(self, tokenizer: Vocabulary, tokens: list[bytes], named: list[int]) -> None:
+        self.eos_token_id = len(tokens)
+        self.tokens = [*tokens, b"<end of text>"]
+        self.special_token_ids = [*named, self.eos_token_id]
+        self._tokenizer = tokenizer
+        self._ids = {token: id for id, token in reversed(list(enumerate(tokens))) if token and id not in named}
+        self._longest = max(map(len, self._ids), default=0)
+
+    def __call__(self, data: bytes) -> list[int]:
+        """How a text that the grammar leaves no choice in is to be written: as the tokenizer does, or by longest tokens."""
+        try:
+            ids = self._tokenizer.encode(data.decode())
+        except UnicodeDecodeError:
+            ids = []
+        if b"".join(self.tokens[id] for id in ids) == data:
+            return ids
+        ids = []
+        while data:
+            for n in range(min(self._longest, len(data)), 0, -1):
+                if (id := self._ids.get(data[:n])) is not None:
+                    ids.append(id)
+                    data = data[n:]
+                    break
+            else:
+                break  # the vocabulary lacks this byte
+        return ids
+
+
+def token_bytes(tokenizer: Vocabulary) -> list[bytes]:
+    """The bytes that each token stands for within a text; b"" for control tokens and gaps."""
+    n = tokenizer.vocab_size
+    if isinstance(tokenizer, Tokenizer):
+        return [tokenizer.token_bytes(id) for id in range(n)]
+    # At the start of a text some vocabularies write a token otherwise, so each is read after another one.
+    alone = ((id, tokenizer.decode([id])) for id in range(n))
+    anchor = next((id for id, text in alone if text.strip() and "\ufffd" not in text), None)
+    if anchor is None:
+        return [b""] * n
+    before = tokenizer.decode([anchor])
+    tokens = []
+    for id in range(n):
+        text = tokenizer.decode([anchor, id])[len(before) :]
+        # Half a character has no text, but a name that tells its bytes: <0xE4>, or the letters of a byte-level vocabulary.
+        tokens.append((_named_bytes(tokenizer.token(id)) if "\ufffd" in text else b"") or text.encode())
+    return tokens
+
+
+def _named_bytes(name: str) -> bytes:
+    if len(name) == 6 and name.startswith("<0x") and name.endswith(">"):
+        return bytes.fromhex(name[3:5])
+    return bytes(BYTE_OF_LETTER[letter] for letter in name) if all(letter in BYTE_OF_LETTER for letter in name) else b""
+
+
+def _loses_space(grammar: Grammar, before: Sequence[int]) -> bool:
+    """Whether a space would be lost that the answer begins with."""
+    spaces = np.flatnonzero(grammar.table.spaces)
+    if not len(spaces):
+        return False
+    pieces = grammar.tokenizer.pieces(before)
+    return not (pieces.push(int(spaces[0])) + pieces.finish()).startswith(" ")
