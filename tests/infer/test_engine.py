@@ -428,6 +428,25 @@ def test_beginnings_are_forgotten_when_the_weights_change(tiny, engine, request_
     assert ask().cached == 0
 
 
+def test_packed_weights_follow_the_weights(tiny, engine, prompts, request_of):
+    """In bfloat16 products read a copy; it is made anew when weights change, and answers are those of a fresh engine."""
+    model = tiny(seed=1)
+    shared = engine(model=model, precision="bf16")
+    ask = lambda who: who.generate([request_of("x", prompts[3], temperature=0, max_tokens=12)])[0]  # noqa: E731
+    first = ask(shared)
+    assert first.logprobs == pytest.approx(ask(engine(model=model, precision="bf16", packed=False)).logprobs, abs=0.1)
+    with torch.no_grad():
+        for p in model.parameters():
+            p.mul_(1.5)
+    second = ask(shared)
+    assert second.logprobs != first.logprobs
+    assert (second.ids, second.logprobs) == ((fresh := ask(engine(model=model, precision="bf16"))).ids, fresh.logprobs)
+    for p in model.parameters():
+        p.data.div_(1.5)
+    shared.forget()
+    assert ask(shared).logprobs == pytest.approx(first.logprobs, abs=1e-4)
+
+
 def test_what_the_engine_does_is_counted(engine, prompts, request_of):
     busy = engine(max_batch=2)
     requests = [request_of(i, p, temperature=0, max_tokens=5) for i, p in enumerate(prompts)]

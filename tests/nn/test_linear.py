@@ -111,3 +111,57 @@ def test_compiled_models_see_pytorchs_product(asked):
     layer = torch.compile(Linear(8, 4), backend="eager", fullgraph=True)
     layer(torch.randn(64, 8))
     assert not asked
+
+
+def packs(layer):
+    module.pack([layer.weight])
+    return layer.weight in module._PACKED
+
+
+@here
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
+@pytest.mark.parametrize("bias", [False, True])
+def test_a_packed_weight_gives_the_products_of_autocast(dtype, bias, asked):
+    layer = Linear(64, 48, bias=bias).to(dtype)
+    with torch.no_grad(), torch.autocast("cpu", dtype=torch.bfloat16):
+        for rows in ((1,), (3, 5), (256,)):
+            x = torch.randn(*rows, 64)
+            module.unpack([layer.weight])
+            plain, before = layer(x), len(asked)
+            assert packs(layer)
+            found = layer(x)
+            assert len(asked) == before + 1 and found.dtype == torch.bfloat16
+            torch.testing.assert_close(found, plain, atol=0.02, rtol=0.02)
+
+
+@here
+def test_a_packed_weight_is_read_only_where_it_is_right():
+    layer = Linear(64, 48, bias=False)
+    x = torch.randn(4, 64)
+    with torch.no_grad():
+        assert packs(layer)
+        assert torch.equal(layer(x), F.linear(x, layer.weight))  # float32 stays float32
+        with torch.autocast("cpu", dtype=torch.bfloat16):
+            assert module._packed(x, layer.weight) is not None
+            assert module._packed(torch.randn(257, 64), layer.weight) is None  # many rows
+            layer.weight.mul_(2.0)
+            assert module._packed(x, layer.weight) is None  # of other weights
+            assert torch.equal(layer(x), F.linear(x, layer.weight))
+            module.pack([layer.weight])
+            torch.testing.assert_close(layer(x), F.linear(x, layer.weight), atol=0.05, rtol=0.02)
+            module.unpack([layer.weight])
+            assert module._packed(x, layer.weight) is None
+    before = len(module._PACKED)
+    assert packs(layer) and len(module._PACKED) == before + 1
+    del layer
+    assert len(module._PACKED) == before  # nothing outlives its weight
+
+
+@here
+def test_gradients_never_go_through_packed_weights():
+    layer = Linear(64, 48)
+    assert packs(layer)
+    x = torch.randn(4, 64, requires_grad=True)
+    with torch.autocast("cpu", dtype=torch.bfloat16):
+        layer(x).sum().backward()
+    assert x.grad is not None and layer.weight.grad is not None

@@ -27,15 +27,17 @@ Call `heat(2)` and you get 3.0."""
 class Talker:
     """What it was asked, who left, and the application.
 
-    The last message decides: "endless" is answered until the client leaves, "refuse" with a 400, "break" breaks off in the
-    middle, "fail" sends an error event, "silent" finishes without a word, "html" says markup; all else is thought over and
-    answered by ESSAY, with how often the model was asked before it.
+    The last message decides, or what `turns` still holds: "endless" is answered until the client leaves, "hang" with nothing
+    until then, "refuse" with a 400, "break" breaks off in the middle, "garbage" is no JSON, "fail" sends an error event, "silent"
+    finishes without a word, "html" says markup; all else is thought over and answered by ESSAY, with how often the model was
+    asked before it.
     """
 
     def __init__(self, key: str | None = None, models: tuple[str, ...] = MODELS, pause: float = 0.0) -> None:
         self.key, self.models, self.pause = key, models, pause
         self.asked: list[dict[str, Any]] = []
         self.left = 0
+        self.turns: list[str] = []
         self.running, self.most = 0, 0
         self.times: Counter[str] = Counter()
         self.app = FastAPI()
@@ -57,7 +59,7 @@ class Talker:
         body = await request.json()
         self.asked.append(body)
         self.times[body["model"]] += 1
-        said = body["messages"][-1]["content"]
+        said = self.turns.pop(0) if self.turns and body.get("stream") else body["messages"][-1]["content"]
         if said == "refuse":
             return JSONResponse({"error": {"message": "this is refused", "code": "no"}}, 400)
         if not body.get("stream"):
@@ -76,6 +78,8 @@ class Talker:
         finished = False
         try:
             yield _event({"role": "assistant", "content": ""})
+            if said == "hang":
+                await asyncio.Event().wait()
             count = 0
             for delta in self._deltas(body, said):
                 await asyncio.sleep(0.002 if said == "endless" else self.pause)
@@ -83,9 +87,11 @@ class Talker:
                 count += 1
                 if count == body.get("max_tokens"):
                     break
-                if said in ("break", "fail") and count == 3:
+                if said in ("break", "fail", "garbage") and count == 3:
                     if said == "fail":
                         yield "data: " + json.dumps({"error": {"message": "it went wrong", "code": "internal_error"}}) + "\n\n"
+                    if said == "garbage":
+                        yield "data: {\n\n"
                     finished = True
                     return
             yield ": ping\n\n" + _event({}, "length" if count == body.get("max_tokens") else "stop")

@@ -124,3 +124,29 @@ def test_an_answer_stopped_before_its_first_word_leaves_no_question_behind(fake,
     turn = dialogue.ask("hello", stopped=lambda: True)
     assert list(turn) == []
     assert (turn.finish_reason, dialogue.history, engine.has_work) == ("abort", [], False)
+
+
+def test_a_conversation_goes_on_where_it_was_left(fake, tokenizer):
+    engine = fake(lambda r: f"{len(r.prompt_ids)}")
+    dialogue = Dialogue(engine, tokenizer, "Be brief.")
+    for text in ("one", "two"):
+        text_of(dialogue.ask(text))
+    other = Dialogue(engine, tokenizer)
+    other.resume(dialogue.messages())
+    assert (other.system, other.history, other.messages()) == ("Be brief.", dialogue.history, dialogue.messages())
+    text_of(dialogue.ask("three"))
+    text_of(other.ask("three"))
+    assert engine.seen[-1].prompt_ids == engine.seen[-2].prompt_ids
+    other.resume([])
+    assert (other.system, other.history) == (None, [])
+
+
+def test_what_is_no_conversation_is_refused_and_changes_nothing(fake, tokenizer):
+    dialogue = Dialogue(fake(), tokenizer, "Be brief.")
+    text_of(dialogue.ask("one"))
+    before = dialogue.messages()
+    for bad in ([{"role": "user", "content": "a"}], [{"role": "assistant", "content": "a"}], [{"role": "user"}], "text"):
+        with pytest.raises(RequestError) as error:
+            dialogue.resume(bad)
+        assert error.value.param == "messages"
+        assert dialogue.messages() == before

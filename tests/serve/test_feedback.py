@@ -98,7 +98,7 @@ def test_the_guard_holds_here_too(http):
 
 @given(st.recursive(st.none() | st.booleans() | st.floats() | st.text(), lambda x: st.lists(x) | st.dictionaries(st.text(), x)))
 def test_no_body_raises_anything_but_a_request_error(value):
-    with pytest.raises(RequestError, match="^the body|^'.*' is missing|^unknown field"):
+    with pytest.raises(RequestError, match=r"^the body|^'.*' is missing|^unknown field"):
         read(json.dumps(value).encode(), Opinion)
 
 
@@ -218,7 +218,8 @@ def test_export_writes_pairs_that_render(go, http, tmp_path, tokenizer):
     assert (status, err) == (0, "")
     assert out.splitlines() == [
         "pairs.jsonl: 2 pairs from 1 prompt",
-        "5 answers: 3 paired, 1 alone (no answer to the same prompt is rated the other way), 1 unfinished (stopped, cut off or broken)",
+        "5 answers: 3 paired, 1 alone (no answer to the same prompt is rated the other way),"
+        " 1 unfinished (stopped, cut off or broken)",
     ]
     records = [json.loads(line) for line in (tmp_path / "pairs.jsonl").read_text("utf-8").splitlines()]
     assert [set(record) for record in records] == [{"prompt", "chosen", "rejected"}] * 2

@@ -35,6 +35,28 @@ def refused(data):
     return error.value
 
 
+def test_chat_has_parameters_of_its_own():
+    chat = parse_chat(body(logprobs=True, top_logprobs=3))
+    assert chat.sampling(1)[0].logprobs == 3
+    assert parse_chat(body(logprobs=True)).sampling(1)[0].logprobs == 0
+    assert parse_chat(body()).sampling(1)[0].logprobs is None
+    assert "told only with" in str(refused(body(top_logprobs=3)))
+    assert refused(body(logprobs=True, top_logprobs=21)).param == "top_logprobs"
+    assert (parse_chat(body()).generation_prompt, parse_chat(body(add_generation_prompt=False)).generation_prompt) == (
+        True,
+        False,
+    )
+    last = {"messages": [*HELLO, {"role": "assistant", "content": "so"}], "continue_final_message": True}
+    assert not parse_chat(body(**last)).generation_prompt
+    assert "leave one out" in str(refused(body(**last, add_generation_prompt=True)))
+    error = refused(body(continue_final_message=True))
+    assert str(error).endswith("the last one is of role 'user': end with one of role 'assistant'")
+    assert parse_chat(body(reasoning_effort="none")).silent
+    assert not parse_chat(body()).silent
+    error = refused(body(reasoning_effort="high"))
+    assert (error.param, "these models know no degrees of it" in str(error)) == ("reasoning_effort", True)
+
+
 def test_the_smallest_request_has_the_defaults_of_openai():
     chat = parse_chat(body())
     assert chat.conversation() == [{"role": "user", "content": "hello", "reasoning": None, "reasoning_content": None}]
@@ -128,6 +150,7 @@ def test_false_is_not_the_number_zero():
             {"messages": [*HELLO, {"role": "user", "content": "a", "name": "B"}]},
             "'messages[1].name' is not supported yet (got 'B')",
         ),
+        ({"messages": [part({"type": "image_url", "image_url": {}})]}, "'messages[0].content[0].image_url' is not supported yet"),
         ({"stream": True, "stream_options": {"include_obfuscation": True}}, "'stream_options.include_obfuscation' is not sup"),
     ],
 )
@@ -146,7 +169,7 @@ def test_unknown_fields_are_named_with_the_nearest(fields, message):
         ("messages[0].content", [{"role": "user"}], "is missing"),
         ("messages[0].content", [{"role": "assistant", "content": None}], "is missing"),
         ("messages[0].content", [{"role": "user", "content": 5}], "valid string"),
-        ("messages[0].content[0].type", [part({"type": "image_url", "image_url": {}})], "should be 'text'"),
+        ("messages[0].content[0].type", [part({"type": "image", "text": ""})], "should be 'text'"),
         ("messages[0].content[1].text", [part({"type": "text", "text": "a"}, {"type": "text"})], "is missing"),
         ("temperature", -0.1, "greater than or equal to 0"),
         ("temperature", 2.1, "less than or equal to 2"),

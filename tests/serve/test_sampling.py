@@ -11,6 +11,8 @@ from athanor.serve.body import read
 from athanor.serve.sampling import MAX_BIASES, MAX_DEPTH, MAX_IDS, MAX_STRUCTURE, Sampling
 from athanor.types import SamplingParams, Structure
 
+OBJECT = {"type": "object"}
+
 
 def parse(**fields):
     return read(json.dumps({"model": "m", **fields}).encode(), Sampling)

@@ -68,8 +68,8 @@ def test_streamed_is_whole_is_offline(client, lm, params):
     assert getattr(choice.message, "reasoning", None) == expected.reasoning
     assert reasoning == (expected.reasoning or "")
     assert choice.finish_reason == reason == expected.finish_reason
-    assert usage == streamed_usage
-    assert (usage.prompt_tokens, usage.completion_tokens) == (len(expected.prompt_ids), len(expected.ids))
+    for spent in (usage, streamed_usage):  # they may differ in what was cached
+        assert (spent.prompt_tokens, spent.completion_tokens) == (len(expected.prompt_ids), len(expected.ids))
 
 
 def test_the_same_seed_the_same_text_whatever_else_is_in_the_batch(client, lm):

@@ -104,8 +104,8 @@ def test_user_text_makes_control_tokens_there_and_not_here(tokenizer: Tokenizer,
 
 
 def test_both_refuse_an_unknown_role(theirs: Any) -> None:
-    conversation = [{"role": "tool", "content": "x"}]
-    with pytest.raises(Exception, match="unknown role tool: use system, user or assistant"):
+    conversation = [{"role": "judge", "content": "x"}]
+    with pytest.raises(Exception, match="unknown role judge: use system, user"):
         theirs.apply_chat_template(conversation)
-    with pytest.raises(Exception, match="role 'tool' must be one of system, user, assistant"):
+    with pytest.raises(Exception, match="role 'judge' must be one of system, user, assistant, tool"):
         messages_from(conversation)

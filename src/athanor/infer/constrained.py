@@ -40,9 +40,11 @@ _NAMED = (CALL, ARGUMENTS, THINK, END_THINK)  # control tokens that a grammar ma
 # Blanks between the parts of a JSON text: enough for indentation, too few for an answer that is nothing else.
 _JSON = {"whitespace_pattern": r"[ \t\r\n]{1,32}", "lenient": False}
 _STATES = 50_000  # of the lexer, 1 to 2 kB each
+_ITEMS = 1000  # of the parser that are open at once: 250 optional properties, and no step of a hostile form above 50 ms
 # A long chain of rules is followed by recursion, which a usual stack does not hold for the longest that MAX_LENGTH lets through.
-_STACK = 2**29
+_STACK = 2**28
 _stack_lock = threading.Lock()
+_NOTHING_FITS = "no token of this model's vocabulary fits"
 _BROKE_OFF = "could not be followed to the end of the answer"
 
 Kind = Literal["json_schema", "json", "regex", "choice", "grammar"]
@@ -92,7 +94,7 @@ class Constraint:
         self._thinking = [False]
         self._lost = grammar.table.spaces if _loses_space(grammar, before) else None
         if not self.allowed().any() and not self.done:
-            raise _error(grammar.param, "no token of this model's vocabulary can stand at its beginning", "use another form")
+            raise _error(grammar.param, _NOTHING_FITS, "use another form")
 
     @property
     def done(self) -> bool:
@@ -123,18 +125,16 @@ class Constraint:
         mask[:n] = bits[:n].astype(bool) & table.permitted[:n]
         if self._lost is not None and "form" not in self._parts:
             mask[:n] &= ~self._lost[:n]
-        may_end = bool(bits[len(table.text)])
+        may_end = bool(bits[table.end])
         mask[self._ends] = may_end
         if self._think_id is not None and not self._parts:
             mask[self._think_id] = True
         if self._parts and not may_end and not mask.any():
-            raise _error(
-                grammar.param, "no token of this model's vocabulary may stand where the answer is", "use another form", _BROKE_OFF
-            )
+            raise _error(grammar.param, _NOTHING_FITS, "use another form", _BROKE_OFF)
         return torch.from_numpy(mask)
 
     def advance(self, id: int) -> None:
-        """Take the next token, one of those allowed."""
+        """Take the next token, one of those allowed; after another one nothing is."""
         assert not (self._parts and self._parts[-1] == "end"), "the answer has ended"
         thinking = self._thinking[-1]
         if thinking or (id == self._think_id and not self._parts):
@@ -144,8 +144,7 @@ class Constraint:
         if id in self._end_ids:
             self._parts.append("end")
         else:
-            took = self._matcher.consume_token(id)
-            assert took, f"token {id} is none of those that were allowed: {self._matcher.get_error()}"
+            self._matcher.consume_token(id)  # what goes wrong is told by `allowed`
             self._parts.append("form")
         self._thinking.append(False)
 
@@ -197,7 +196,7 @@ def _compiled(kind: Kind, value: str, key: _Key, param: str) -> LLMatcher:
         raise _error(param, f"its {kind} has {len(value)} characters and may have {MAX_LENGTH}", "make it shorter")
     grammar = _grammar_text(kind, value, param)
     inner = _table(key).inner
-    limits = LLParserLimits(max_lexer_states=_STATES, verbose_errors=False)
+    limits = LLParserLimits(max_lexer_states=_STATES, max_items_in_row=_ITEMS, verbose_errors=False)
     made: list[LLMatcher] = []
 
     def make() -> None:
@@ -235,10 +234,10 @@ def _grammar_text(kind: Kind, value: str, param: str) -> str:
             raise _error(param, "choice must be a list of at least one text", 'give texts, ["yes", "no"]')
         return LLMatcher.grammar_from_regex("|".join(map(_literal, choices)))
     schema = {"type": "object"} if kind == "json" else _parsed(value, "the schema", param)
-    if not isinstance(schema, (dict, bool)):
-        raise _error(param, f"the schema must be an object or a boolean, not {type(schema).__name__}", 'give {"type": "object"}')
-    # As an object even where everything or nothing is allowed: the library reads its own settings out of it.
-    as_object = schema if isinstance(schema, dict) else {} if schema else {"not": {}}
+    if schema is False or not isinstance(schema, (dict, bool)):
+        found = "false, which no text fulfils" if schema is False else f"of type {type(schema).__name__}"
+        raise _error(param, f"the schema must be an object or true, and is {found}", 'give {"type": "object"}')
+    as_object = {} if schema is True else schema  # the library's settings are put into it
     try:
         return LLMatcher.grammar_from_json_schema(json.dumps(as_object), overrides=_JSON)  # type: ignore[arg-type]  # all optional
     except ValueError as error:
@@ -256,7 +255,7 @@ def _parsed(text: str, what: str, param: str) -> Any:
     except RecursionError:
         raise _error(param, f"{what} nests too deeply", "make it flatter") from None
     except ValueError as error:
-        raise _error(param, f"{what} is not JSON ({error})", "correct it") from None
+        raise _error(param, f"{what} must be JSON ({error})", "correct it") from None
 
 
 def _error(param: str, reason: str, remedy: str, problem: str = "cannot be followed") -> RequestError:
@@ -265,9 +264,11 @@ def _error(param: str, reason: str, remedy: str, problem: str = "cannot be follo
 
 def _reason(message: str) -> str:
     """The library's own words, on one line and without what it shows of the grammar."""
-    lines = [line.strip() for line in message.split("<state>")[0].splitlines() if "⟦" not in line]
-    first = " ".join(line for line in lines if line and "|" not in line[:6])
-    return first[:300].rstrip(" .") or message[:300]
+    if message.startswith("NoExtension"):
+        return _NOTHING_FITS
+    lines = [line.strip() for line in message.replace("<non-verbose/>", "").split("; following")[0].splitlines()]
+    told = " ".join(line for line in lines if line.strip("^") and "|" not in line[:6])
+    return (told or message)[:300].rstrip(" .")
 
 
 # --- tokenizers
@@ -277,12 +278,14 @@ def _reason(message: str) -> str:
 class _Table:
     """A tokenizer as the library reads it: a token's bytes for each of its ids.
 
+    end        the library's own end of a text
     text       tokens that stand for bytes
     permitted  those, and control tokens that a grammar may ask for by name
     spaces     tokens that begin with a space
     """
 
     inner: LLTokenizer
+    end: int
     text: np.ndarray[Any, np.dtype[np.bool_]]
     permitted: np.ndarray[Any, np.dtype[np.bool_]]
     spaces: np.ndarray[Any, np.dtype[np.bool_]]
@@ -306,21 +309,28 @@ def _table(key: _Key) -> _Table:
             tokens[id] = name.encode()
             permitted[id] = True
     spaces = np.array([token.startswith(b" ") for token in tokens])
-    return _Table(LLTokenizer(TokenizerWrapper(_Wrapped(tokenizer, tokens, named))), text, permitted, spaces)
+    wrapped = _Wrapped(tokenizer, tokens, named)
+    return _Table(LLTokenizer(TokenizerWrapper(wrapped)), wrapped.eos_token_id, text, permitted, spaces)
 
 
 class _Wrapped:
-    """What the library asks of a tokenizer. The token that ends a text is one of its own, behind ours."""
+    """What the library asks of a tokenizer.
+
+    Behind our tokens stand the bytes that they lack, since it takes every text to have an encoding, and its end of a text; no
+    mask of ours reaches there.
+    """
 
     bos_token_id = None
 
     def __init__(self, tokenizer: Vocabulary, tokens: list[bytes], named: list[int]) -> None:
+        lacking = sorted({bytes([byte]) for byte in range(256)} - set(tokens))
+        tokens = [*tokens, *lacking]
         self.eos_token_id = len(tokens)
         self.tokens = [*tokens, b"<end of text>"]
         self.special_token_ids = [*named, self.eos_token_id]
         self._tokenizer = tokenizer
         self._ids = {token: id for id, token in reversed(list(enumerate(tokens))) if token and id not in named}
-        self._longest = max(map(len, self._ids), default=0)
+        self._longest = max(map(len, self._ids))
 
     def __call__(self, data: bytes) -> list[int]:
         """How a text that the grammar leaves no choice in is to be written: as the tokenizer does, or by longest tokens."""
@@ -332,13 +342,9 @@ class _Wrapped:
             return ids
         ids = []
         while data:
-            for n in range(min(self._longest, len(data)), 0, -1):
-                if (id := self._ids.get(data[:n])) is not None:
-                    ids.append(id)
-                    data = data[n:]
-                    break
-            else:
-                break  # the vocabulary lacks this byte
+            n = next(n for n in range(min(self._longest, len(data)), 0, -1) if data[:n] in self._ids)
+            ids.append(self._ids[data[:n]])
+            data = data[n:]
         return ids
 
 

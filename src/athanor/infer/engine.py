@@ -21,6 +21,7 @@ from athanor.infer.sequence import Sequence
 from athanor.infer.speculative import Draft, Guesser
 from athanor.models.base import CausalLM, EncoderDecoder
 from athanor.nn.cache import KV
+from athanor.nn.linear import Linear, pack
 from athanor.nn.paged import PagedCache
 from athanor.tokenizer.stream import StreamDecoder
 from athanor.tokenizer.vocabulary import Vocabulary
@@ -95,6 +96,8 @@ class Engine:
             fit into a half of the memory that is free. Where it is full, requests wait, or run later once more.
         step_tokens: tokens of one step at most: longer prompts are computed in parts, and nobody's answer waits for them.
         share: whether beginnings of prompts that were computed before are read from the cache.
+        packed: whether weights are kept once more in the order in which the CPU's products of few rows read them fastest, 2 bytes
+            for each; in bf16 only.
         guesser: who guesses tokens that one step then checks together (`speculative.py`); None guesses nothing.
 
     Raises:
@@ -112,6 +115,7 @@ class Engine:
         cache_tokens: int | None = None,
         step_tokens: int = 2048,
         share: bool = True,
+        packed: bool = True,
         guesser: Guesser | None = None,
     ) -> None:
         context = getattr(model.config, "cached_positions", model.config.max_positions)
@@ -141,7 +145,8 @@ class Engine:
         blocks = Blocks(self._count(model, max_batch, precision, cache_tokens), BLOCK, share=share)
         self.scheduler = Scheduler(blocks, max_batch, max(step_tokens, max_batch))
         self.runner = Runner(model, blocks.count + 1, BLOCK, max_batch, precision)
-        self._model, self.guesser = model, guesser
+        self._packed = _products(model) if packed and precision == "bf16" else []
+        self._parameters, self.guesser = tuple(model.parameters()), guesser
         if isinstance(guesser, Draft):
             guesser.attach(blocks.count + 1, BLOCK, max_batch, self.vocab_size, self.max_len)
         self._ids: set[str] = set()
@@ -197,8 +202,9 @@ class Engine:
         self.scheduler.drop(request_id)
 
     def forget(self) -> None:
-        """Compute beginnings of prompts anew: for whoever changes weights in a way that PyTorch does not count (`.data`)."""
+        """Forget all that was made of the weights: for whoever changes them in a way that PyTorch does not count (`.data`)."""
         self.scheduler.blocks.forget()
+        pack(self._packed)
 
     def step(self, stream: bool = True) -> list[Chunk]:
         """Schedule, run, post-process: a new token for every running request, or the next part of its prompt.
@@ -250,7 +256,7 @@ class Engine:
 
     def _see_weights(self) -> None:
         """What was computed with other weights must not be read: PyTorch counts changes of each tensor."""
-        weights = sum(p._version for p in self._model.parameters())
+        weights = sum(p._version for p in self._parameters)
         if weights != self._weights:
             self._weights = weights
             self.forget()
@@ -356,6 +362,12 @@ class Engine:
             self._ids.discard(s.request.id)
             chunks.append(Chunk(s.request.id, content, reasoning, s.completion(self.tokenizer.think_id), *s.tell()))
         return chunks
+
+
+def _products(model: CausalLM | EncoderDecoder) -> list[Tensor]:
+    """The matrices that hidden states are multiplied with."""
+    found = [m.weight for m in model.modules() if type(m) is Linear]
+    return [*found, model.output_weight]
 
 
 def free_memory(device: torch.device) -> int:

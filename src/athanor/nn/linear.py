@@ -11,12 +11,14 @@ once more there: that is one pass over the weight, beside a product that reads i
 from __future__ import annotations
 
 import platform
-from typing import Any
+from collections.abc import Iterable
+from typing import Any, NamedTuple
 
 import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 from torch.utils._python_dispatch import is_traceable_wrapper_subclass
+from torch.utils.weak import WeakTensorKeyDictionary
 
 from athanor.nn.norms import compute_dtype
 
@@ -72,8 +74,52 @@ def multiply(x: Tensor, weight: Tensor, rows: int = _ROWS) -> Tensor:
     return _multiply(x, weight, None) if _pays(x, weight, rows) else torch.mm(x, weight.t())
 
 
+class _Packed(NamedTuple):
+    """A weight in the order that oneDNN's product reads, in bfloat16, and which state of the weight that is."""
+
+    weight: Tensor
+    version: int
+
+
+_PACKED = WeakTensorKeyDictionary()  # by the weight itself: who drops the weight drops this
+_FEW = 256  # rows up to which a weight that is in order already is worth it: beyond, putting it in order costs little
+
+
+def pack(weights: Iterable[Tensor]) -> None:
+    """Keep a copy of these weights (O, I) in bfloat16, as products of few rows read them fastest, for as long as they live.
+
+    A product of few rows takes as long as it takes to read the weight, and as oneDNN wants it in blocks it is put in order each
+    time: half of the time of a single row (docs/log.md). Nothing happens on machines without oneDNN. A copy counts for as
+    long as its weight does not change in place; changes through `.data` go unseen, then `pack` has to be told again.
+    """
+    if _POINTWISE is None:
+        return
+    for weight in weights:
+        if weight.device.type == "cpu" and weight.dtype in (torch.float32, torch.bfloat16) and weight.numel():
+            half = weight.detach().to(torch.bfloat16).contiguous()
+            _PACKED[weight] = _Packed(torch.ops.mkldnn._reorder_linear_weight(half, None), weight._version)
+
+
+def unpack(weights: Iterable[Tensor]) -> None:
+    """Let the copies of these weights go."""
+    for weight in weights:
+        _PACKED.pop(weight, None)
+
+
+def _packed(x: Tensor, weight: Tensor) -> Tensor | None:
+    if torch.compiler.is_compiling() or not _PACKED or x.device.type != "cpu" or compute_dtype(x) != torch.bfloat16:
+        return None
+    found: _Packed | None = _PACKED.get(weight)
+    if found is None or found.version != weight._version or not 0 < x.numel() <= _FEW * x.shape[-1]:
+        return None
+    return found.weight
+
+
 def product(x: Tensor, weight: Tensor, bias: Tensor | None) -> Tensor:
-    """What `linear` computes, all of one dtype, without a gradient of its own: (..., I), (O, I), (O,) -> (..., O)."""
+    """What `linear` computes, without a gradient of its own: (..., I), (O, I), (O,) -> (..., O)."""
+    ready = _packed(x, weight)
+    if ready is not None:
+        return _multiply(x.to(torch.bfloat16).contiguous(), ready, None if bias is None else bias.to(torch.bfloat16))
     return _multiply(x.contiguous(), weight, bias) if _pays(x, weight) else F.linear(x, weight, bias)
 
 

@@ -18,11 +18,14 @@ from torch import Tensor
 from athanor.nn.cache import KV, Layer, State, Store
 from athanor.nn.context import Cell, Memory, Packed, Project, from_rows, to_rows
 from athanor.nn.rectangle import Rectangle
-from athanor.nn.sdpa import PLAIN, Scoring, decode_attention, fused_decode, mask_of
+from athanor.nn.sdpa import PLAIN, Scoring, attend_rows, decode_attention, mask_of
 
 
 class PagedCache:
-    """The pool. Keys are (P, Z, G, K) and values (P, Z, G, V) for each layer; recurrent states have a slot for each sequence.
+    """The pool. Keys are (G, P, Z, K) and values (G, P, Z, V) for each layer; recurrent states have a slot for each sequence.
+
+    With the heads outermost the blocks of many sequences are put together as a product wants them, in one copy: of all ways that
+    were tried the fastest on CPUs (docs/log.md).
 
     Args:
         layers: what each layer keeps.
@@ -40,7 +43,7 @@ class PagedCache:
             if not isinstance(layer, KV) or not getattr(layer, width):
                 return None
             # Zeros: what stands after a sequence's end is multiplied by probability 0, which must not meet a stray nan.
-            return torch.zeros((blocks, size, layer.n_kv_heads, getattr(layer, width)), dtype=dtype, device=device)
+            return torch.zeros((layer.n_kv_heads, blocks, size, getattr(layer, width)), dtype=dtype, device=device)
 
         self.size, self.dtype = size, dtype
         self.keys = [pool(layer, "key_dim") for layer in layers]
@@ -51,7 +54,7 @@ class PagedCache:
         """Make other blocks and slots hold the same."""
         for pool in (*self.keys, *self.values):
             if pool is not None:
-                pool[to_blocks] = pool[blocks]
+                pool[:, to_blocks] = pool[:, blocks]
         for state in self.states:
             if state is not None:
                 state[to_slots] = state[slots]
@@ -127,11 +130,11 @@ class Paged:
             owner = torch.repeat_interleave(owner, lengths)
             at = torch.arange(len(owner), device=device) - torch.repeat_interleave(lengths.cumsum(0) - lengths - starts, lengths)
         self.positions = at.unsqueeze(0)
-        self._block, self._offset = tables[owner, at // cache.size], at % cache.size
+        self._places = tables[owner, at // cache.size] * cache.size + at % cache.size
         used = -(-self.extent // cache.size)
-        self._tables = tables[:, :used].contiguous()
+        self._read = tables[:, :used].flatten()
         self._keys = torch.arange(used * cache.size, device=device)
-        self._masks: dict[tuple[int | None, torch.dtype], Tensor] = {}
+        self._masks: dict[int | None, Tensor] = {}
         self._across: Rectangle | None = None
         self._whole: Packed | None = None
         if not self._single:
@@ -143,16 +146,20 @@ class Paged:
                 self._rectangle = Rectangle(rows, self._keys.expand(len(lengths), -1), causal=True)
 
     def _gather(self, pool: Tensor, like: Tensor) -> Tensor:
-        """The blocks of all sequences, (S, positions, G, K)."""
-        found = pool.index_select(0, self._tables.flatten())
-        return found.view(len(self._tables), -1, *pool.shape[2:]).to(like.dtype)
+        """The blocks of all sequences, (G, S, positions, K)."""
+        found = pool.index_select(1, self._read)
+        return found.view(len(pool), len(self._lengths), -1, pool.shape[3]).to(like.dtype)
+
+    def _write(self, pool: Tensor, new: Tensor) -> None:
+        """Entries (1, N, G, K)."""
+        pool.view(len(pool), -1, pool.shape[3]).index_copy_(1, self._places, new[0].transpose(0, 1).to(pool.dtype))
 
     def attend(self, layer: int, query: Tensor, key: Tensor, value: Tensor, scoring: Scoring = PLAIN) -> Tensor:
         keys, values = self._cache.keys[layer], self._cache.values[layer]
         assert keys is not None
-        keys[self._block, self._offset] = key[0].to(keys.dtype)
+        self._write(keys, key)
         if values is not None:
-            values[self._block, self._offset] = value[0].to(values.dtype)
+            self._write(values, value)
         if self._whole is not None:
             return self._whole.attend(layer, query, key, value, scoring)
         width = value.shape[3]
@@ -160,24 +167,25 @@ class Paged:
         value = key[..., :width] if values is None else self._gather(values, query)
         if self._single:
             return self._decode(query.transpose(0, 1), key, value, scoring).transpose(0, 1)
+        key, value = key.permute(1, 2, 0, 3), value.permute(1, 2, 0, 3)
         rows = self._rectangle.attend(to_rows(query[0], self._lengths), key, value, scoring)
         return from_rows(rows, self._lengths).unsqueeze(0)
 
     def _decode(self, query: Tensor, key: Tensor, value: Tensor, scoring: Scoring) -> Tensor:
-        window = scoring.window
-        fused = scoring.bias is None and scoring.softcap is None and key.shape[3] == value.shape[3]
-        at = window, query.dtype if fused else torch.float32
-        if at not in self._masks:
+        """query (S, 1, H, K), key (G, S, positions, K), value (G, S, positions, V) -> (S, 1, H, V)."""
+        n, _, h, k = query.shape
+        g, window = key.shape[0], scoring.window
+        if window not in self._masks:
             back = self._starts[:, None] - self._keys
             visible = (back >= 0) if window is None else (back >= 0) & (back < window)
-            self._masks[at] = mask_of(visible, at[1])
-        key, value = key.transpose(1, 2), value.transpose(1, 2)
-        if fused:
-            return fused_decode(query, key, value, self._masks[at], scoring.scale)
-        bias = None if scoring.bias is None else scoring.bias(self._starts[:, None], self._keys)
-        return decode_attention(
-            query, key, value, self._masks[at], bias=bias, scale=scoring.scale, softcap=scoring.softcap
-        )  # fmt: skip
+            self._masks[window] = mask_of(visible, torch.float32)[:, None]
+        bias = None
+        if scoring.bias is not None:
+            found = scoring.bias(self._starts[:, None], self._keys)  # (1 or S, H, 1, positions)
+            bias = found.reshape(-1, g, h // g, found.shape[-1]).transpose(0, 1)
+        rows = query.view(n, g, h // g, k).transpose(0, 1)
+        out = attend_rows(rows, key, value, self._masks[window], bias=bias, scale=scoring.scale, softcap=scoring.softcap)
+        return out.transpose(0, 1).reshape(n, 1, h, value.shape[3])
 
     def cross(self, layer: int, query: Tensor, project: Project, scoring: Scoring = PLAIN) -> Tensor:
         sources = self._sources

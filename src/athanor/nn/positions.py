@@ -103,6 +103,8 @@ class _Rotate(torch.autograd.Function):
 
 def rotate(x: Tensor, cos: Tensor, sin: Tensor) -> Tensor:
     """Turn x (B, T, H, K) by the tables of `Rotary.at`; computed in float32, returned in x's dtype."""
+    if not torch.is_grad_enabled():
+        return _turn(x, cos, sin)
     y: Tensor = _Rotate.apply(x, cos, sin)
     return y
 

@@ -251,21 +251,32 @@ def decode_attention(
     """
     b, _, h, k = query.shape
     g, s = key.shape[1:3]
-    scores = torch.matmul(query.view(b, g, h // g, k), key.transpose(2, 3)).float()  # (B, G, H/G, S)
-    scores.mul_(1 / math.sqrt(k) if scale is None else scale)
+    rows, added = query.view(b, g, h // g, k), None if bias is None else bias.reshape(-1, g, h // g, s)
+    seen = None if mask is None else mask[:, None, None]
+    return attend_rows(rows, key, value, seen, bias=added, scale=scale, softcap=softcap).view(b, 1, h, value.shape[3])
+
+
+def attend_rows(
+    query: Tensor,
+    key: Tensor,
+    value: Tensor,
+    mask: Tensor | None,
+    *,
+    bias: Tensor | None = None,
+    scale: float | None = None,
+    softcap: float | None = None,
+) -> Tensor:
+    """A few queries R of each head and sequence, in any order X, Y of these: (X, Y, R, K), (X, Y, S, K), (X, Y, S, V) ->
+    (X, Y, R, V). By plain products, which for few queries are much faster than fused kernels on CPUs.
+
+    `mask` and `bias`, each broadcast to (X, Y, R, S), are added to the scores.
+    """
+    scores = torch.matmul(query, key.transpose(2, 3)).float()
+    scores.mul_(1 / math.sqrt(query.shape[3]) if scale is None else scale)
     if softcap is not None:
         scores.div_(softcap).tanh_().mul_(softcap)
     if mask is not None:
-        scores.add_(mask[:, None, None])
+        scores.add_(mask)
     if bias is not None:
-        scores.add_(bias.reshape(-1, g, h // g, s))
-    probs = torch.softmax(scores, -1).to(value.dtype)
-    return torch.matmul(probs, value).view(b, 1, h, value.shape[3])
-
-
-def fused_decode(query: Tensor, key: Tensor, value: Tensor, mask: Tensor, scale: float | None = None) -> Tensor:
-    """`decode_attention` by PyTorch's fused kernel, which reads keys and values of any strides; `mask` has the query's dtype."""
-    b, _, h, k = query.shape
-    rows = query.reshape(b, key.shape[1], -1, k)  # the queries of one key head stand where others have steps of time
-    out = F.scaled_dot_product_attention(rows, key, value, mask[:, None, None], scale=scale)
-    return out.reshape(b, 1, h, value.shape[3])
+        scores.add_(bias)
+    return torch.matmul(torch.softmax(scores, -1).to(value.dtype), value)

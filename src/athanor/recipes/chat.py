@@ -9,26 +9,30 @@ goes to standard error; standard input is then read as one message a line.
 
 from __future__ import annotations
 
-import secrets
+import json
 import sys
 from dataclasses import dataclass
 from pathlib import Path
+from typing import Any
 
 import athanor
-from athanor.core.errors import RequestError, nearest
-from athanor.serve.dialogue import Dialogue, Turn
-from athanor.serve.terminal import Screen, interrupts, lines
+from athanor.core import io
+from athanor.core.errors import CheckpointError, RequestError, nearest
+from athanor.serve.dialogue import Dialogue, Parameters, Turn
+from athanor.serve.terminal import Screen, entries, interrupts
 from athanor.tokenizer.chat import ours
 
 POSITIONAL = ("path",)
 HELP = """\
 /reset             forget the conversation
 /system TEXT       set the system text and forget the conversation; without TEXT: none
-/params            show how answers are sampled; /params temperature=0 max_tokens=50 changes it
+/params            show how answers are sampled; /params temperature=0 max_tokens=50 changes it, top_k= takes it back
+/save FILE         write the conversation and the parameters to FILE, as JSON; /load FILE goes on from there
 /help              this
-/quit              leave (so does Ctrl-D); Ctrl-C stops an answer"""
-COMMANDS = ("/reset", "/system", "/params", "/help", "/quit")
-SETTABLE = {"temperature": float, "top_p": float, "top_k": int, "max_tokens": int, "seed": int}
+/quit              leave (so does Ctrl-D); Ctrl-C stops an answer
+A line that ends in \\ goes on in the next one; \"\"\" begins and ends a text of several lines."""
+COMMANDS = ("/reset", "/system", "/params", "/save", "/load", "/help", "/quit")
+SETTABLE = ("temperature", "top_p", "top_k", "max_tokens", "seed")  # on the command line too
 
 
 @dataclass(frozen=True)
@@ -55,21 +59,23 @@ class Config:
 
 def main(config: Config) -> int:
     lm = athanor.load(config.path, config.checkpoint)
-    chat = _Chat(config, Dialogue(lm.engine(max_batch=1), ours(lm.tokenizer), config.system), Screen(sys.stdout, sys.stderr))
+    dialogue = Dialogue(lm.engine(max_batch=1), ours(lm.tokenizer), config.system)
+    params = Parameters(**{name: getattr(config, name) for name in SETTABLE})
+    chat = _Chat(lm.name, dialogue, params, Screen(sys.stdout, sys.stderr))
     if config.prompt is not None:
         return 130 if chat.answer(config.prompt).finish_reason == "abort" else 0
     if sys.stdin.isatty():
         chat.screen.note(f"{lm.name}: /help shows the commands, Ctrl-D leaves.\n")
     failures = 0
-    for line in lines(sys.stdin, chat.screen):
+    for text, quoted in entries(sys.stdin, chat.screen, COMMANDS):
         try:
-            if line.startswith("/"):
-                if line == "/quit":
+            if text.startswith("/") and not quoted:
+                if text == "/quit":
                     break
-                chat.command(*line.partition(" ")[::2])
-            elif line:
-                chat.answer(line)
-        except RequestError as error:
+                chat.command(*text.partition(" ")[::2])
+            elif text:
+                chat.answer(text)
+        except (RequestError, CheckpointError, OSError) as error:
             chat.screen.note(f"{error}\n")
             failures += 1
     return 1 if failures and not sys.stdin.isatty() else 0
@@ -78,16 +84,13 @@ def main(config: Config) -> int:
 class _Chat:
     """The dialogue and how its answers are sampled."""
 
-    def __init__(self, config: Config, dialogue: Dialogue, screen: Screen) -> None:
-        self.dialogue, self.screen = dialogue, screen
-        self._default = {name: getattr(config, name) for name in SETTABLE}
-        self._params = dict(self._default)
+    def __init__(self, name: str, dialogue: Dialogue, params: Parameters, screen: Screen) -> None:
+        self.name, self.dialogue, self.params, self.screen = name, dialogue, params, screen
 
     def answer(self, text: str) -> Turn:
         """Ask, show the answer while it comes, then what it cost."""
         with interrupts() as stopped:
-            seed = secrets.randbits(62) if self._params["seed"] is None else self._params["seed"]
-            turn = self.dialogue.ask(text, stopped=stopped, **{**self._params, "seed": seed})
+            turn = self.dialogue.ask(text, stopped=stopped, **self.params.draw())
             if turn.dropped:
                 self.screen.note(f"[the context is full: the oldest {turn.dropped} messages are forgotten]\n")
             thought = False
@@ -113,22 +116,29 @@ class _Chat:
                 self.dialogue.system = rest.strip() or None
                 self.dialogue.reset()
             case "/params":
-                for word in rest.split():
-                    self._set(*word.partition("=")[::2])
-                shown = (f"{name}={'auto' if value is None else value}" for name, value in self._params.items())
-                self.screen.note(" ".join(shown) + "\n")
+                self.params.set(rest)
+                self.screen.note(f"{self.params}\n")
+            case "/save" | "/load" if not rest.strip():
+                raise RequestError(f"{name} needs a file: {name} talk.json")
+            case "/save":
+                kept = {"model": self.name, "parameters": self.params.values(), "messages": self.dialogue.messages()}
+                io.atomic_write(Path(rest.strip()).expanduser(), json.dumps(kept, indent=1, ensure_ascii=False) + "\n")
+                self.screen.note(f"[{len(kept['messages'])} messages in {rest.strip()}]\n")
+            case "/load":
+                self._load(Path(rest.strip()).expanduser())
             case "/help":
                 self.screen.note(HELP + "\n")
             case _:
                 raise RequestError(f"no command {name!r}{nearest(name, COMMANDS)}; there are {', '.join(COMMANDS)}")
 
-    def _set(self, name: str, value: str) -> None:
-        if name not in SETTABLE:
-            raise RequestError(f"no parameter {name!r}{nearest(name, SETTABLE)}; there are {', '.join(SETTABLE)}")
-        try:
-            self._params[name] = SETTABLE[name](value) if value else self._default[name]
-        except ValueError as error:
-            raise RequestError(f"{name} is {value!r}, but must be a number ({SETTABLE[name].__name__})", name) from error
+    def _load(self, path: Path) -> None:
+        found: Any = io.read_json(path)
+        if not isinstance(found, dict) or not isinstance(found.get("parameters", {}), dict) or "messages" not in found:
+            raise RequestError(f"{str(path)!r} holds no conversation: it needs 'messages', as /save writes them")
+        self.dialogue.resume(found["messages"])
+        self.params.restore(found.get("parameters", {}))
+        other = found.get("model", self.name)
+        self.screen.note(f"[{len(found['messages'])} messages{f', of {other}' if other != self.name else ''}]\n")
 
 
 def _cost(turn: Turn) -> str:

@@ -1,4 +1,4 @@
-"""Serve a model over HTTP, OpenAI-compatible.
+"""Serve models over HTTP, OpenAI-compatible.
 
 Example: `athanor serve runs/first --checkpoint int8 --port 8000`
 """
@@ -6,6 +6,7 @@ Example: `athanor serve runs/first --checkpoint int8 --port 8000`
 from __future__ import annotations
 
 import asyncio
+import os
 import signal
 import socket
 import sys
@@ -13,33 +14,41 @@ from dataclasses import dataclass
 from pathlib import Path
 
 import uvicorn
+from fastapi import FastAPI
 
 import athanor
 from athanor.core.errors import ConfigError
-from athanor.serve.app import create_app
-from athanor.serve.worker import Worker
-from athanor.tokenizer.chat import ours
+from athanor.serve import guard, page
+from athanor.serve.app import Options, create_server
+from athanor.serve.models import Models, Served
 
 GRACE = 20  # seconds that answers in flight have to finish once the server is told to stop
-POSITIONAL = ("path",)
+KEY = "ATHANOR_API_KEY"
+POSITIONAL = ("paths",)
 
 
 @dataclass(frozen=True)
 class Config:
-    path: Path
-    """A run folder (runs/first) or one checkpoint of it (runs/first/rl)."""
+    paths: tuple[Path, ...]
+    """Run folders (runs/first) or checkpoints of them (runs/first/rl); clients choose among several by name."""
     checkpoint: str | None = None
-    """Which checkpoint of a run folder: base, sft, rl, int8, int4 ...; by default the run's own choice."""
+    """Which checkpoint of the run folders: base, sft, rl, int8, int4 ...; by default each run's own choice."""
     host: str = "127.0.0.1"
-    """Address to listen at. The server asks for no key: think before you choose one that others reach."""
+    """Address to listen at. Where others reach it, ask for a key."""
     port: int = 8000
     """Port to listen at; 0 takes a free one."""
+    api_key: tuple[str, ...] = ()
+    """Keys of which clients must send one. The environment's ATHANOR_API_KEY (several with commas) is seen by fewer people."""
     max_batch: int = 64
     """Answers that are computed together at most."""
     max_queue: int = 256
     """Unfinished answers, waiting ones included, beyond which clients are told to come back later (429)."""
     max_tokens: int | None = None
-    """Length of an answer where the client sets no limit, in tokens; by default what the context has left."""
+    """Length of a chat's answer where the client sets no limit, in tokens; by default what the context has left."""
+    timeout: float | None = None
+    """Seconds that an answer may take, waiting included, before it is given up (504)."""
+    access_log: Path | None = None
+    """File to which every request is written as a line of JSON, without its texts."""
 
 
 def main(config: Config) -> None:
@@ -47,20 +56,20 @@ def main(config: Config) -> None:
         value = getattr(config, field)
         if value is not None and value < 1:
             raise ConfigError(f"{field} is {value}, but must be at least 1: raise it")
-    with _listen(config.host, config.port) as listener:
-        lm = athanor.load(config.path, config.checkpoint)
-        app = create_app(
-            lm.engine(max_batch=config.max_batch),
-            ours(lm.tokenizer),
-            lm.name,
-            max_queue=config.max_queue,
-            default_max_tokens=config.max_tokens,
-        )
+    if config.timeout is not None and not config.timeout > 0:
+        raise ConfigError(f"timeout is {config.timeout:g}, but must be more than 0 seconds: raise it, or leave it out")
+    options = Options(config.max_queue, config.max_tokens, config.timeout, _keys(config), page.PUBLIC)
+    with _listen(config.host, config.port) as listener, guard.access_to(config.access_log):
+        lms = [athanor.load(path, config.checkpoint) for path in config.paths]
+        app = create_server([Served.of(lm, config.max_batch) for lm in lms], options)
+        page.install(app, page.run_of(lms[0].path))
         url = _url(listener)
-        print(f"Serving {lm.name!r} at {url}/v1 (Ctrl-C stops). Try:\n")
+        print(f"Serving {', '.join(repr(lm.name) for lm in lms)} at {url}/v1 (Ctrl-C stops), a page at {url}/. Try:\n")
         print(f"  curl {url}/v1/chat/completions -H 'Content-Type: application/json' \\")
-        print(f'    -d \'{{"model": "{lm.name}", "messages": [{{"role": "user", "content": "Hello!"}}]}}\'\n', flush=True)
-        server = _Server(uvicorn.Config(app, log_level="warning", timeout_graceful_shutdown=GRACE + 5))
+        if options.api_keys:
+            print(f'    -H "Authorization: Bearer ${KEY}" \\')
+        print(f'    -d \'{{"model": "{lms[0].name}", "messages": [{{"role": "user", "content": "Hello!"}}]}}\'\n', flush=True)
+        server = _Server(_settings(app))
         # uvicorn raises the signal that stopped it once more at its end; being told to stop is no failure.
         before = {number: signal.signal(number, lambda *_: None) for number in (signal.SIGINT, signal.SIGTERM)}
         try:
@@ -71,13 +80,37 @@ def main(config: Config) -> None:
     print("Stopped.", file=sys.stderr)
 
 
+def _settings(app: FastAPI) -> uvicorn.Config:
+    """How it listens. Of uvicorn's two parsers, h11 bounds what it keeps of headers that do not end."""
+    return uvicorn.Config(
+        app,
+        log_level="warning",
+        timeout_graceful_shutdown=GRACE + 5,
+        http="h11",
+        h11_max_incomplete_event_size=2 * guard.MAX_HEADERS,
+        ws="none",
+        server_header=False,
+    )
+
+
 class _Server(uvicorn.Server):
     """Gives answers in flight `GRACE` seconds; what is unfinished then ends with an error, not as if it were complete."""
 
     async def shutdown(self, sockets: list[socket.socket] | None = None) -> None:
-        worker: Worker = self.config.app.state.worker  # type: ignore[union-attr]  # `app` is our FastAPI
-        asyncio.get_running_loop().call_later(GRACE, worker.stop)
+        models: Models = self.config.app.state.models  # type: ignore[union-attr]  # `app` is our FastAPI
+        asyncio.get_running_loop().call_later(GRACE, models.stop)
         await super().shutdown(sockets)
+
+
+def _keys(config: Config) -> tuple[str, ...]:
+    """The keys of the options and of the environment. Raises ConfigError for one that no header can hold."""
+    given = os.environ.get(KEY)
+    keys = config.api_key + (() if given is None else tuple(given.split(",")))
+    for key in keys:
+        if not key or not key.isascii() or not key.isprintable() or " " in key:
+            where = "api_key" if key in config.api_key else KEY
+            raise ConfigError(f"a key of {where} is empty or has blanks, or others than ASCII's: choose another, or unset it")
+    return keys
 
 
 def _listen(host: str, port: int) -> socket.socket:

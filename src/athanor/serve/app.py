@@ -53,12 +53,14 @@ class Options:
     default_max_tokens  new tokens of a chat where the client sets no limit; None is whatever the context has left
     timeout             seconds that an answer may take, waiting included; None is for ever
     api_keys            of them, clients must send one; () asks for none
+    public              paths beside /health that ask for no key
     """
 
     max_queue: int = 256
     default_max_tokens: int | None = None
     timeout: float | None = None
     api_keys: tuple[str, ...] = ()
+    public: frozenset[str] = frozenset()
 
 
 class _Writer(events.Writer, Protocol):
@@ -90,7 +92,7 @@ def create_server(served: Sequence[Served], options: Options | None = None) -> F
 
     app = FastAPI(title="Athanor", lifespan=lifespan, openapi_url=None, redirect_slashes=False)
     app.state.models = models
-    guard.install(app, options.api_keys)
+    guard.install(app, options.api_keys, options.public)
     about = description([model.served.name for model in models.all], keys=bool(options.api_keys))
 
     @app.get("/health")
@@ -149,7 +151,12 @@ def create_server(served: Sequence[Served], options: Options | None = None) -> F
     async def embeddings(request: Request) -> Response:
         asked = read(await guard.read_body(request), EmbeddingRequest)
         model = models.find(asked.model)
-        found = await _embed(asked, model, request, options.timeout)
+        try:
+            found = await asyncio.wait_for(_embed(asked, model, request), options.timeout)
+        except asyncio.TimeoutError:
+            raise DeadlineError(
+                f"the vectors took longer than the {options.timeout:g} s that this server gives an answer"
+            ) from None
         return Response(status_code=_CLIENT_LEFT) if found is None else JSONResponse(vectors_body(asked, *found))
 
     @app.post("/tokenize")
@@ -189,9 +196,7 @@ def create_server(served: Sequence[Served], options: Options | None = None) -> F
     return app
 
 
-async def _embed(
-    asked: EmbeddingRequest, model: Running, request: Request, seconds: float | None
-) -> tuple[torch.Tensor, int] | None:
+async def _embed(asked: EmbeddingRequest, model: Running, request: Request) -> tuple[torch.Tensor, int] | None:
     """Vectors of all texts and the number of their tokens; None when the client left.
 
     A few texts at a time, in the engine's thread: answers in flight wait for no more than that.
@@ -212,13 +217,9 @@ async def _embed(
 
         return work
 
-    loop = asyncio.get_running_loop()
-    end = None if seconds is None else loop.time() + seconds
     found = []
     for i in range(0, len(asked.texts), AT_ONCE):
         if await request.is_disconnected():
             return None
-        if end is not None and loop.time() > end:
-            raise DeadlineError(f"the vectors took longer than the {seconds:g} s that this server gives one answer")
         found.append(await model.worker.call(vectors(asked.texts[i : i + AT_ONCE])))
     return torch.cat(found), sum(lengths)

@@ -69,6 +69,12 @@ _OF_BODIES = {
     "504": "The answer took too long",
 }
 
+_EVENT: Json = {  # each of them
+    "type": "object",
+    "properties": {"data": {"type": "string"}, "event": {"type": "string"}},
+    "required": ["data"],
+}
+
 
 def description(names: Sequence[str], *, keys: bool) -> Json:
     """The OpenAPI document of a server with the models `names`, which asks for a key or not."""
@@ -95,7 +101,7 @@ def description(names: Sequence[str], *, keys: bool) -> Json:
         if route.answer:
             good = {"application/json": {"schema": schema[id(route.answer)]}}
         if route.streams:
-            good["text/event-stream"] = {"schema": {"type": "string"}}
+            good["text/event-stream"] = {"schema": _EVENT}
         operation: Json = {"summary": route.summary, "responses": {"200": {"description": "Done", "content": good}}}
         if "{name}" in route.path:
             told |= {"404": _OF_BODIES["404"]}

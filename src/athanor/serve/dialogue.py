@@ -3,17 +3,78 @@
 from __future__ import annotations
 
 import itertools
+import secrets
+import shlex
 import time
-from collections.abc import Callable, Iterator
-from typing import TYPE_CHECKING, Any
+from collections.abc import Callable, Iterator, Mapping
+from typing import TYPE_CHECKING, Any, ClassVar
 
-from athanor.core.errors import RequestError
-from athanor.tokenizer.chat import render
+from athanor.core.errors import RequestError, nearest
+from athanor.tokenizer.chat import messages_from, render
 from athanor.types import FinishReason, Message, Request, SamplingParams
 
 if TYPE_CHECKING:
     from athanor.infer.engine import Chunk, Engine
     from athanor.tokenizer.vocabulary import Vocabulary
+
+
+class Parameters:
+    """How answers are sampled, as a user changes it: the fields of SamplingParams that make sense in a chat, by name.
+
+    max_tokens  None is what the context has left
+    seed        None is another one for every answer
+    stop        one text, or ""
+    """
+
+    _KINDS: ClassVar[dict[str, type[float] | type[int] | type[str]]] = {
+        "temperature": float, "top_p": float, "top_k": int, "min_p": float, "max_tokens": int, "min_tokens": int, "seed": int,
+        "repetition_penalty": float, "presence_penalty": float, "frequency_penalty": float, "stop": str,
+    }  # fmt: skip
+
+    def __init__(self, **given: float | None) -> None:
+        usual = SamplingParams()
+        self._default: dict[str, Any] = {n: getattr(usual, n) for n in self._KINDS} | {"stop": "", "max_tokens": None} | given
+        self._now = dict(self._default)
+
+    def set(self, words: str) -> None:
+        """Change what `words` name: `temperature=0 stop="the end"`; a name without a value gets its first one back.
+
+        Raises RequestError for a name or a value that does not fit, and changes nothing.
+        """
+        try:
+            changes = dict(word.partition("=")[::2] for word in shlex.split(words))
+        except ValueError as error:
+            raise RequestError(f"parameters {words!r} cannot be read ({error}): close the quotes") from error
+        self._now |= {name: self._read(name, value) for name, value in changes.items()}
+
+    def _read(self, name: str, value: str) -> Any:
+        if name not in self._KINDS:
+            raise RequestError(f"no parameter {name!r}{nearest(name, self._KINDS)}; there are {', '.join(self._KINDS)}")
+        if not value:
+            return self._default[name]
+        try:
+            return self._KINDS[name](value)
+        except ValueError as error:
+            raise RequestError(f"{name} is {value!r}, but must be a number ({self._KINDS[name].__name__})", name) from error
+
+    def values(self) -> dict[str, Any]:
+        """All of them by name."""
+        return dict(self._now)
+
+    def restore(self, values: Mapping[str, Any]) -> None:
+        """Take what `values` gave. Raises RequestError as `set` does, and changes nothing."""
+        empty = ("max_tokens", "seed")
+        read = {n: None if v is None and n in empty else self._read(n, str(v)) for n, v in values.items()}
+        self._now |= read
+
+    def draw(self) -> dict[str, Any]:
+        """For `Dialogue.ask`; without a seed every call draws one."""
+        seed, stop = self._now["seed"], self._now["stop"]
+        return self._now | {"seed": secrets.randbits(62) if seed is None else seed, "stop": (stop,) if stop else ()}
+
+    def __str__(self) -> str:
+        """For reading."""
+        return " ".join(f"{name}={'auto' if value is None else shlex.quote(str(value))}" for name, value in self._now.items())
 
 
 class Turn:
@@ -90,11 +151,35 @@ class Dialogue:
 
     def reset(self) -> None:
         """Forget everything but the system text."""
-        self.history.clear()
+        self.history = []
+
+    def messages(self) -> list[dict[str, str]]:
+        """The conversation as OpenAI's clients write it, the system text first."""
+        return [
+            {"role": m.role, "content": m.content} | ({} if m.reasoning is None else {"reasoning_content": m.reasoning})
+            for m in self._whole(self.history)
+        ]
+
+    def resume(self, messages: Any) -> None:
+        """Go on from what `messages` gave. Raises RequestError, and changes nothing, when it is no such conversation."""
+        found = list(messages_from(messages)) if messages else []
+        system = found.pop(0).content if found and found[0].role == "system" else None
+        for i, message in enumerate(found):
+            wanted = ("user", "assistant")[i % 2]
+            if message.role != wanted:
+                place = i + (system is not None)
+                raise RequestError(
+                    f"messages[{place}].role is {message.role!r}, but {wanted!r} comes next: correct it", "messages"
+                )
+        if len(found) % 2:
+            raise RequestError("the last of the messages is a question: add its answer, or leave it out", "messages")
+        self.system, self.history = system, found
 
     def _ids(self, messages: list[Message]) -> list[int]:
-        system = [] if self.system is None else [Message("system", self.system)]
-        return render(self._tokenizer, [*system, *messages], generation_prompt=True).ids
+        return render(self._tokenizer, self._whole(messages), generation_prompt=True).ids
+
+    def _whole(self, messages: list[Message]) -> list[Message]:
+        return messages if self.system is None else [Message("system", self.system), *messages]
 
     def _answer(self, turn: Turn, stopped: Callable[[], bool]) -> Iterator[Chunk]:
         started = time.perf_counter()

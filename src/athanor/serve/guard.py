@@ -8,8 +8,10 @@ import json
 import logging
 import time
 import uuid
-from collections.abc import Mapping, Sequence
+from collections.abc import Iterator, Mapping, Sequence
+from contextlib import contextmanager
 from datetime import datetime, timezone
+from pathlib import Path
 
 from fastapi import FastAPI, Request
 from fastapi.responses import JSONResponse
@@ -19,7 +21,7 @@ from starlette.requests import ClientDisconnect
 from starlette.routing import Route
 from starlette.types import ASGIApp, Message, Receive, Scope, Send
 
-from athanor.core.errors import AthanorError, RequestError
+from athanor.core.errors import AthanorError, ConfigError, RequestError
 from athanor.serve.models import UnknownModelError
 from athanor.serve.shapes import ErrorBody, Json, error_body
 from athanor.serve.worker import DeadlineError, EngineFailedError, QueueFullError, StoppingError
@@ -30,7 +32,7 @@ access = logging.getLogger("athanor.access")  # one JSON object a request, at le
 MAX_BODY = 2**20  # bytes
 MAX_HEADERS = 2**14  # bytes, of all names and values together
 BODY_SECONDS = 60.0  # that a client may take to send its body
-OPEN = frozenset({"/health"})  # paths that ask for no key
+OPEN = frozenset({"/health"})  # asks for no key: who watches over the server has none
 _DRAIN = 16 * MAX_BODY  # read and forgotten, so that a client that is still sending hears the answer
 _RETRY_AFTER = {"Retry-After": "1"}  # seconds
 _KINDS = {401: "authentication_error", 404: "not_found_error", 429: "rate_limit_error"}  # OpenAI's words for `type`
@@ -124,11 +126,12 @@ class RequestGuard:
     """ASGI middleware: refuses those without a key, gives each request an id, sent as `x-request-id`, turns what escapes the
     handlers into a 500, and writes the access log.
 
-    keys  those that open the server; () opens it to all
+    keys    those that open the server; () opens it to all
+    public  paths that are open without one
     """
 
-    def __init__(self, app: ASGIApp, keys: Sequence[str] = ()) -> None:
-        self.app, self._keys = app, [key.encode() for key in keys]
+    def __init__(self, app: ASGIApp, keys: Sequence[str] = (), public: frozenset[str] = frozenset()) -> None:
+        self.app, self._keys, self._open = app, [key.encode() for key in keys], OPEN | public
 
     async def __call__(self, scope: Scope, receive: Receive, send: Send) -> None:
         if scope["type"] != "http":
@@ -168,7 +171,7 @@ class RequestGuard:
     def _refusal(self, scope: Scope) -> JSONResponse | None:
         if sum(len(name) + len(value) for name, value in scope["headers"]) > MAX_HEADERS:
             return _response(431, f"the headers are longer than {MAX_HEADERS:,} bytes, the most this server reads: send fewer")
-        if not self._keys or scope["path"] in OPEN:
+        if not self._keys or scope["path"] in self._open:
             return None
         scheme, _, given = Headers(scope=scope).get("authorization", "").partition(" ")
         # All are compared, each in constant time: how long it takes tells nothing of a key.
@@ -194,7 +197,29 @@ def _line(scope: Scope, request_id: str, status: int, sent: int, seconds: float)
     }
 
 
-def install(app: FastAPI, keys: Sequence[str] = ()) -> None:
+@contextmanager
+def access_to(path: Path | None) -> Iterator[None]:
+    """Inside, the access log is written to `path`, if there is one. Raises ConfigError where that cannot be."""
+    if path is None:
+        yield
+        return
+    try:
+        handler = logging.FileHandler(path, encoding="utf-8")
+    except OSError as error:
+        raise ConfigError(f"cannot write access_log {str(path)!r}: {error.strerror}; choose another file") from error
+    access.addHandler(handler)
+    access.setLevel(logging.INFO)
+    access.propagate = False
+    try:
+        yield
+    finally:
+        access.removeHandler(handler)
+        access.setLevel(logging.NOTSET)
+        access.propagate = True
+        handler.close()
+
+
+def install(app: FastAPI, keys: Sequence[str] = (), public: frozenset[str] = frozenset()) -> None:
     """Give `app` the guard and the error handlers."""
 
     async def known(request: Request, error: Exception) -> JSONResponse:
@@ -212,4 +237,4 @@ def install(app: FastAPI, keys: Sequence[str] = ()) -> None:
 
     app.add_exception_handler(AthanorError, known)
     app.add_exception_handler(HTTPException, http)  # type: ignore[arg-type]  # Starlette types every handler as taking Exception
-    app.add_middleware(RequestGuard, keys=keys)
+    app.add_middleware(RequestGuard, keys=keys, public=public)

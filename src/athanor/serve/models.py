@@ -39,8 +39,10 @@ class Served:
     start: int | None = None
 
     @classmethod
-    def of(cls, lm: LM, engine: Engine | None) -> Served:
-        """A model as `athanor.load` gives it. Raises ConfigError for one without a tokenizer."""
+    def of(cls, lm: LM, max_batch: int = 64) -> Served:
+        """A model as `athanor.load` gives it, with an engine if it generates. Raises ConfigError where it has no tokenizer."""
+        generates = lm.model.kind in ("decoder", "encoder_decoder") and lm.model.task == "lm"
+        engine = lm.engine(max_batch=max_batch) if generates else None
         start = len(lm.model.token_ids.start) if lm.model.kind == "encoder_decoder" else None
         return cls(lm.name, lm.tokenizer, engine, lm, start)
 

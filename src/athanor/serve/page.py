@@ -43,7 +43,7 @@ def run_of(model: Path | None) -> Path | None:
 
 
 def install(app: FastAPI, run: Path | None = None) -> None:
-    """Give `app` the page. With a run folder, answers can be rated, which `run / "feedback.db"` keeps, and its report is shown."""
+    """Give `app` the page; with a run folder, the run's report too, and ratings of answers, which feedback.db there keeps."""
     parts = {name: (_HERE / name).read_bytes() for name in PARTS}
     html = (_HERE / "index.html").read_text(encoding="utf-8")
 

@@ -23,6 +23,8 @@ if TYPE_CHECKING:
 
 
 class TextPart(Strict):
+    UNSUPPORTED: ClassVar[Fields] = {"file": (), "image_url": (), "input_audio": (), "video_url": ()}
+
     type: Literal["text"]
     text: str
 

@@ -166,6 +166,7 @@ class ResponseWriter:
         self._id, self._created, self._asked, self._think = answer_id, int(time.time()), asked, think
         self._count = 0  # events so far
         self._items: list[OutputItem] = []  # of a stream, in the order in which they began
+        self._texts: list[list[str]] = []  # theirs, in pieces: put together once, at the end
 
     def whole(self, completions: Sequence[Completion]) -> ResponseBody:
         """The body of a response that is not streamed."""
@@ -192,6 +193,7 @@ class ResponseWriter:
             item["status"] = "completed"
             at = {"item_id": item["id"], "output_index": place, "content_index": 0}
             (part,) = item["content"]
+            part["text"] = "".join(self._texts[place])
             text = {"text": part["text"]}
             if item["type"] == "message":
                 yield self._event("response.output_text.done", **at, **text, logprobs=[])
@@ -212,12 +214,13 @@ class ResponseWriter:
         if place is None:
             place, item = len(self._items), self._item(kind, "", "in_progress")
             self._items.append(item)
+            self._texts.append([])
             yield self._event("response.output_item.added", output_index=place, item={**item, "content": []})
             at = {"item_id": item["id"], "output_index": place, "content_index": 0}
             yield self._event("response.content_part.added", **at, part=item["content"][0])
         item = self._items[place]
         if text:
-            item["content"][0]["text"] += text
+            self._texts[place].append(text)
             at = {"item_id": item["id"], "output_index": place, "content_index": 0}
             if kind == "message":
                 yield self._event("response.output_text.delta", **at, delta=text, logprobs=[])

@@ -6,13 +6,17 @@ import contextlib
 import os
 import signal
 import sys
-from collections.abc import Callable, Iterator
-from typing import TextIO
+from collections.abc import Callable, Iterator, Sequence
+from pathlib import Path
+from types import ModuleType
+from typing import NamedTuple, TextIO
 
 from athanor.core.errors import RequestError
 
 # What a model says must not move the cursor or recolour the terminal: control characters are shown, not sent.
 _VISIBLE = {**{i: 0x2400 + i for i in range(32) if chr(i) not in "\n\t"}, 127: 0x2421, **dict.fromkeys(range(128, 160), 0xFFFD)}
+QUOTES = '"""'
+HISTORY = 1000  # lines that are kept from one chat to the next
 
 
 class Screen:
@@ -41,38 +45,102 @@ class Screen:
         stream.flush()
 
 
-def lines(source: TextIO, screen: Screen) -> Iterator[str]:
-    """What the user types at a prompt, or the lines of `source` when that is no terminal.
+class Entry(NamedTuple):
+    """What was entered at once; `quoted`, between triple quotes, it is no command whatever it begins with."""
 
-    Raises RequestError for a line that is not UTF-8.
+    text: str
+    quoted: bool
+
+
+def entries(source: TextIO, screen: Screen, commands: Sequence[str] = ()) -> Iterator[Entry]:
+    r"""What the user types at a prompt, or what stands in `source` when that is no terminal: a line each.
+
+    A line that ends in \ goes on in the next one; one that begins with triple quotes goes on to the line that ends with them.
+    On a terminal lines are edited, Tab completes `commands`, and the lines of earlier chats can be called back.
+
+    Raises RequestError for a line that is not UTF-8, and for quotes that are not closed.
     """
     typed = source.isatty()
-    if typed:
-        with contextlib.suppress(ImportError):
-            import readline  # noqa: F401  # gives input() its editing and history, where there is one
-    while True:
-        try:
-            # input() edits lines, but would put its prompt among the answers when they go to a file.
-            line = input("> ") if typed and sys.stdout.isatty() else _next_line(source)
-        except KeyboardInterrupt:
-            if not typed:
-                raise
-            screen.note("\n")
-        except EOFError:
-            if typed:
+    with _editing(commands) if typed else contextlib.nullcontext():
+        while True:
+            try:
+                yield _entry(lambda more: _line(source, typed, more))
+            except KeyboardInterrupt:
+                if not typed:
+                    raise
                 screen.note("\n")
-            return
-        except UnicodeDecodeError as error:
-            raise RequestError(f"standard input is not UTF-8 ({error}): convert it first") from error
-        else:
-            yield line.strip()
+            except EOFError:
+                if typed:
+                    screen.note("\n")
+                return
 
 
-def _next_line(source: TextIO) -> str:
-    line = source.readline()
+def _entry(read: Callable[[bool], str]) -> Entry:
+    first = read(False).strip()
+    if first.startswith(QUOTES):
+        lines = [first[len(QUOTES) :]]
+        while not lines[-1].rstrip().endswith(QUOTES):
+            try:
+                lines.append(read(True))
+            except EOFError as error:
+                raise RequestError(f"a text that begins with {QUOTES} has no end: put {QUOTES} after its last line") from error
+        lines[-1] = lines[-1].rstrip().removesuffix(QUOTES)
+        return Entry("\n".join(lines).strip("\n"), quoted=True)
+    lines = [first]
+    while lines[-1].endswith("\\"):
+        lines[-1] = lines[-1].removesuffix("\\").rstrip()
+        try:
+            lines.append(read(True).rstrip())
+        except EOFError:
+            break
+    return Entry("\n".join(lines).strip(), quoted=False)
+
+
+def _line(source: TextIO, typed: bool, more: bool) -> str:
+    try:
+        # input() edits lines, but would put its prompt among the answers when they go to a file.
+        if typed and sys.stdout.isatty():
+            return input("… " if more else "> ")
+        line = source.readline()
+    except UnicodeDecodeError as error:
+        raise RequestError(f"standard input is not UTF-8 ({error}): convert it first") from error
     if not line:
         raise EOFError
-    return line
+    return line.rstrip("\n")
+
+
+@contextlib.contextmanager
+def _editing(commands: Sequence[str]) -> Iterator[None]:
+    """Inside, input() has editing, completion and the history of earlier chats, where Python has readline."""
+    try:
+        import readline
+    except ImportError:  # on Windows
+        yield
+        return
+    path = history_file()
+    with contextlib.suppress(OSError):
+        readline.read_history_file(path)
+    readline.set_history_length(HISTORY)
+    readline.set_completer_delims(" ")
+    readline.set_completer(lambda text, i: [*(f"{c} " for c in commands if text and c.startswith(text)), None][i])
+    readline.parse_and_bind("bind ^I rl_complete" if "libedit" in (readline.__doc__ or "") else "tab: complete")
+    try:
+        yield
+    finally:
+        readline.set_completer(None)
+        _keep(readline, path)
+
+
+def history_file() -> Path:
+    """Where the lines of chats are kept: in XDG_STATE_HOME, or ~/.local/state."""
+    return Path(os.environ.get("XDG_STATE_HOME") or Path.home() / ".local" / "state") / "athanor" / "chat_history"
+
+
+def _keep(readline: ModuleType, path: Path) -> None:
+    with contextlib.suppress(OSError):  # a home that cannot be written is no reason to fail
+        path.parent.mkdir(parents=True, exist_ok=True)
+        path.touch(mode=0o600)
+        readline.write_history_file(path)
 
 
 @contextlib.contextmanager

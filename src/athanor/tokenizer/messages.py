@@ -173,9 +173,12 @@ def _in_order(messages: list[Message], names: list[str | None]) -> list[Message]
     out: list[Message] = []
     i = 0
     while i < len(messages):
-        calls = messages[i].tool_calls
-        out.append(messages[i])
-        start = i = i + 1
+        calls: tuple[ToolCall, ...] = ()
+        if messages[i].role != "tool":  # a result here has nothing before it
+            calls = messages[i].tool_calls
+            out.append(messages[i])
+            i += 1
+        start = i
         while i < len(messages) and messages[i].role == "tool":
             i += 1
         if i == start and (not calls or i == len(messages)):

@@ -142,7 +142,7 @@ function askForKey() {
 
 $("door").onclose = () => {
   if ($("key").value) setKey($("key").value);
-  loadModels();
+  ready = loadModels();
 };
 $("door").oncancel = (event) => event.preventDefault(); // nothing works without it
 
@@ -157,8 +157,10 @@ $("report").onclick = async (event) => {
   URL.revokeObjectURL(link.href);
 };
 
-$("ask").onsubmit = (event) => {
+$("ask").onsubmit = async (event) => {
   event.preventDefault();
+  await ready;
+  if (!selects[0].value) await (ready = loadModels()); // it may be back
   if (ask($("question").value)) {
     $("question").value = "";
     grow();
@@ -191,5 +193,5 @@ function speak() {
 
 speak();
 redrawControls();
-loadModels();
+let ready = loadModels();
 $("question").focus();

@@ -1,0 +1,1 @@
+"""What `bench/infer.py` is made of."""
