@@ -13,7 +13,7 @@ from athanor.core.errors import ConfigError, DataError
 from athanor.data.pack import Rows, fill, join, pack
 from athanor.data.shards import TokenShard, write_tokens
 from athanor.tokenizer.chat import Rendered, render
-from athanor.types import IGNORE, Batch, Document
+from athanor.types import IGNORE, Batch, Document, Source
 
 SEQUENCES = st.lists(
     st.lists(st.tuples(st.integers(0, 300), st.booleans()), min_size=2, max_size=12).map(
@@ -184,3 +184,20 @@ def test_fill_adds_unsupervised_sequences_no_longer_than_the_longest_and_changes
     assert filled.extras["weight"].tolist() == [1.0, 2.0, 0.0, 0.0, 0.0]
     assert filled.origin == "here"
     assert fill(filled, 8) is filled
+
+
+@given(
+    lengths=st.lists(st.tuples(st.integers(1, 9), st.integers(1, 9)), min_size=1, max_size=8),
+    multiple=st.sampled_from([2, 8, 256]),
+)
+def test_fill_makes_pairs_no_longer_than_the_longest_of_either_side(lengths, multiple):
+    """Their sum may want another multiple: then there are more of them, not longer ones (positions may end there)."""
+    targets, sources = (torch.tensor(side) for side in zip(*lengths, strict=True))
+    ids, read = torch.arange(int(targets.sum())), torch.arange(int(sources.sum()))
+    batch = Batch(ids, ids, targets, source=Source(read, sources))
+    filled = fill(batch, multiple)
+    for tokens, own, before in ((filled.ids, filled.lengths, targets), (filled.source.ids, filled.source.lengths, sources)):
+        assert len(tokens) % multiple == 0 and int(own.sum()) == len(tokens) and len(own) == len(filled.lengths)
+        assert own.max() == before.max() and own.min() >= 1 and torch.equal(own[: len(before)], before)
+    assert torch.equal(filled.ids[: len(ids)], ids) and torch.equal(filled.source.ids[: len(read)], read)
+    assert (filled.labels[len(ids) :] == IGNORE).all()

@@ -212,7 +212,9 @@ def go(capsys, tmp_path, monkeypatch):
 def test_export_writes_pairs_that_render(go, http, tmp_path, tokenizer):
     for i, (answer, rating, question) in enumerate([("42", "up", 0), ("43", "down", 0), ("41", "down", 0), ("7", "up", 1)]):
         messages = [*QUESTION, {"role": "user", "content": "again"}][: 2 + question]
-        assert http.post("/feedback", json=opinion(f"r{i}", answer=answer, rating=rating, messages=messages)).status_code == 200
+        thought = "12 and 30" if rating == "up" else None
+        sent = opinion(f"r{i}", answer=answer, rating=rating, messages=messages, reasoning=thought)
+        assert http.post("/feedback", json=sent).status_code == 200
     http.post("/feedback", json=opinion("cut", answer="4", rating="down", finish_reason="length"))
     status, out, err = go("export", tmp_path, "--out", "pairs.jsonl")
     assert (status, err) == (0, "")
@@ -224,6 +226,9 @@ def test_export_writes_pairs_that_render(go, http, tmp_path, tokenizer):
     records = [json.loads(line) for line in (tmp_path / "pairs.jsonl").read_text("utf-8").splitlines()]
     assert [set(record) for record in records] == [{"prompt", "chosen", "rejected"}] * 2
     assert [(r["chosen"]["content"], r["rejected"]["content"]) for r in records] == [("42", "43"), ("42", "41")]
+    assert records[0]["prompt"] == QUESTION
+    assert records[0]["chosen"] == {"role": "assistant", "content": "42", "reasoning": "12 and 30"}
+    assert records[0]["rejected"] == {"role": "assistant", "content": "43"}
     for record in records:
         prompt = messages_from(record["prompt"])
         for answer in ("chosen", "rejected"):

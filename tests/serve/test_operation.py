@@ -11,8 +11,9 @@ import openai
 import pytest
 from prometheus_client.parser import text_string_to_metric_families
 
-from athanor.serve import guard
-from athanor.serve.app import create_app, create_server
+from athanor.core.errors import MissingExtraError
+from athanor.serve import guard, page
+from athanor.serve.app import Options, create_app, create_server
 from athanor.serve.describe import ROUTES
 from athanor.serve.metrics import COUNTERS, GAUGES, HISTOGRAMS
 from athanor.serve.models import Served
@@ -68,6 +69,15 @@ def test_the_client_of_openai_sends_its_key(fake, tokenizer, running):
             client.models.list()
 
 
+def test_the_page_asks_for_the_key_itself(fake, tokenizer, running):
+    options = Options(api_keys=KEYS, public=page.PUBLIC)
+    app = create_server([Served("first", tokenizer, fake())], options)
+    page.install(app)
+    with running(app) as served, httpx.Client(base_url=served.url) as raw:
+        assert {raw.get(path).status_code for path in page.PUBLIC} == {200}
+        assert raw.get("/report").status_code == raw.get("/v1/models").status_code == 401
+
+
 # Limits.
 
 
@@ -115,6 +125,16 @@ def test_an_answer_that_takes_too_long(fake, tokenizer, running, path):
 
 def test_a_quick_answer_meets_its_deadline(fake, tokenizer, running):
     with running(create_app(fake(), tokenizer, "first", timeout=60)) as served, served.client() as client:
+        assert client.chat.completions.create(model="first", messages=HELLO).choices[0].message.content == "hello"
+
+
+def test_what_needs_a_library_that_is_not_there(fake, tokenizer, running):
+    engine = fake()
+    engine.fail_add.append(MissingExtraError("forms of answers need llguidance: pip install 'athanor-lm[forms]'"))
+    with running(create_app(engine, tokenizer, "first")) as served, served.client() as client:
+        with pytest.raises(openai.InternalServerError, match="need llguidance") as error:
+            client.chat.completions.create(model="first", messages=HELLO)
+        assert (error.value.status_code, error.value.code) == (501, "not_installed")
         assert client.chat.completions.create(model="first", messages=HELLO).choices[0].message.content == "hello"
 
 

@@ -5,6 +5,7 @@ from __future__ import annotations
 import re
 from html.parser import HTMLParser
 
+import html5lib
 import pytest
 from fastapi.testclient import TestClient
 
@@ -90,6 +91,10 @@ def test_nothing_comes_from_elsewhere_and_nothing_stands_in_the_html():
         assert addresses <= {"http://www.w3.org/2000/svg"}, path.name  # a name, not an address
 
 
+def test_the_html_is_valid():
+    html5lib.HTMLParser(strict=True).parse((HOME / "index.html").read_text("utf-8"))
+
+
 def test_text_is_never_put_in_as_html():
     for path in HOME.glob("*.js"):
         text = path.read_text("utf-8")
@@ -102,10 +107,11 @@ def test_both_languages_say_the_same_things():
     keys = [sorted(re.findall(r"(?:^|[{,] |\n {4})(\w+): (?=\"|\()", part)) for part in (english, chinese)]
     assert keys[0] == keys[1]
     assert len(keys[0]) > 40
-    used = set(re.findall(r"data-say(?:-\w+)?=\"(\w+)\"", (HOME / "index.html").read_text("utf-8")))
-    for path in HOME.glob("*.js"):
-        used |= set(re.findall(r"\b(?:say|announce)\(\"(\w+)\"", path.read_text("utf-8")))
+    html = (HOME / "index.html").read_text("utf-8")
+    code = "".join(path.read_text("utf-8") for path in HOME.glob("*.js") if path.name != "words.js")
+    used = set(re.findall(r"data-say(?:-\w+)?=\"(\w+)\"", html)) | set(re.findall(r"\b(?:say|announce)\(\"(\w+)\"", code))
     assert used <= set(keys[0])
+    assert [key for key in keys[0] if f'"{key}"' not in html + code] == []  # no word that nobody says
 
 
 def test_a_run_offers_its_report_and_feedback(run):

@@ -21,6 +21,7 @@ from athanor.serve.app import Options, create_server
 from athanor.serve.models import Served
 from athanor.tokenizer.chat import render
 from athanor.types import Request, SamplingParams, Structure
+from tests.test_families import byte_level, made, unigram
 
 HELLO = [{"role": "user", "content": "The quick brown fox?"}]
 PROMPT = "The quick brown"
@@ -212,9 +213,11 @@ def test_usage_in_every_event(client):
     options = {"include_usage": True, "continuous_usage_stats": True}
     *chunks, last = chat(client, stream=True, stream_options=options, n=2, max_tokens=4)
     assert last.choices == []
+    assert last.usage.prompt_tokens_details.cached_tokens >= 0
     for i in range(2):
         mine = [c.usage for c in chunks if c.choices[0].index == i]
         assert mine[0].completion_tokens == 0
+        assert all(u.prompt_tokens_details is None for u in mine)  # what was cached is known at the end
         counts = [u.completion_tokens for u in mine]
         assert counts == sorted(counts)
         assert all(u.total_tokens == u.prompt_tokens + u.completion_tokens for u in mine)
@@ -610,6 +613,55 @@ def test_load_counts_what_is_unfinished(fake, tokenizer, running):
             engine.gate.set()
             held.read()
         assert raw.get("/load").json() == {"server_load": 0}
+
+
+# Models of other kinds.
+
+
+@pytest.fixture(scope="module")
+def foreign(tmp_path_factory, running):
+    """A decoder and an encoder-decoder of other programs, with tokenizers of theirs."""
+    folder = tmp_path_factory.mktemp("foreign")
+    made(("gpt2", "tiny"), folder / "gpt2", byte_level)
+    made(("t5", "tiny"), folder / "t5", unigram, eos_token_id=1, decoder_start_token_id=2)
+    lms = {name: athanor.load(folder / name) for name in ("gpt2", "t5")}
+    app = create_server([replace(Served.of(lm), name=name) for name, lm in lms.items()])
+    with running(app) as served, served.client() as client:
+        yield client, lms
+
+
+@pytest.mark.parametrize("name", ["gpt2", "t5"])
+def test_models_of_other_programs(foreign, name):
+    client, lms = foreign
+    given = {"temperature": 0, "max_tokens": 8}
+    expected = lms[name].complete("hello there", temperature=0.0, max_tokens=8)
+    answer = client.completions.create(model=name, prompt="hello there", logprobs=1, **given)
+    assert answer.choices[0].text == expected.text
+    assert answer.usage.prompt_tokens == len(expected.prompt_ids)
+    assert len(answer.choices[0].logprobs.tokens) == len(expected.ids)
+    streamed = client.completions.create(model=name, prompt="hello there", stream=True, **given)
+    assert "".join(c.choices[0].text for c in streamed) == expected.text
+    with pytest.raises(openai.BadRequestError, match="a tokenizer of another program, in which our chat template has no tokens"):
+        chat(client, model=name)
+    vectors = client.embeddings.create(model=name, input="hello there")
+    torch.testing.assert_close(torch.tensor(vectors.data[0].embedding), lms[name].embed("hello there")[0], atol=1e-5, rtol=0)
+
+
+def test_a_source_may_be_as_long_as_the_context(foreign):
+    client, lms = foreign
+    context = lms["t5"].engine().max_len
+    answer = client.completions.create(model="t5", prompt=[5] * context, max_tokens=4, extra_body={"ignore_eos": True})
+    assert (answer.usage.prompt_tokens, answer.usage.completion_tokens) == (context, 4)
+    with pytest.raises(openai.BadRequestError, match=rf"'prompt' is {context + 1} tokens long, but the context has {context}"):
+        client.completions.create(model="t5", prompt=[5] * (context + 1))
+
+
+def test_a_prompt_without_tokens(fake, tokenizer, running, monkeypatch):
+    monkeypatch.setattr(tokenizer, "prompt", tokenizer.encode)  # as of a tokenizer that puts nothing before a text
+    with running(create_server([Served("tiny", tokenizer, fake())])) as served, served.client() as client:
+        with pytest.raises(openai.BadRequestError, match="'prompt' has no tokens, so there is nothing to go on from") as error:
+            complete(client, "")
+        assert error.value.param == "prompt"
 
 
 # Several models.

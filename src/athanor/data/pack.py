@@ -71,9 +71,11 @@ def fill(batch: Batch, multiple: int = 256) -> Batch:
     if missing == 0 and lacking == 0:
         return batch
     count = -(-missing // int(batch.lengths.max()))
-    if source is not None:  # a sequence has a source, so neither can be added alone
-        count = max(count, -(-lacking // int(source.lengths.max())))
-        missing, lacking = (n if n >= count else n - (n - count) // multiple * multiple for n in (missing, lacking))
+    if source is not None:  # a sequence has a source, so neither can be added alone, and each has a token at least
+        before = -1
+        while before != (before := missing + lacking):
+            count = max(-(-missing // int(batch.lengths.max())), -(-lacking // int(source.lengths.max())))
+            missing, lacking = (n + max(0, -(-(count - n) // multiple)) * multiple for n in (missing, lacking))
         source = Source(F.pad(source.ids, (0, lacking)), torch.cat([source.lengths, _parts(lacking, count)]))
     extras = {
         k: F.pad(v, (0, missing if len(v) == len(batch.ids) else count), value=1 if k == "temperature" else 0)

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import time
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from dataclasses import asdict, dataclass
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
@@ -135,3 +135,22 @@ def measure(
     each = list(zip(sources, found.texts, targets, strict=True))[:: -(-len(pairs) // _EXAMPLES)]
     score = asdict(bleu(found.texts, targets, metric))
     return score | {"cut": found.cut, "open": found.open, "seconds": seconds, "examples": each}
+
+
+def measure_all(
+    model: Any, tokenizer: Tokenizer, parts: Mapping[str, Sequence[TextPair]], how: Search, metric: BLEU, folder: Path
+) -> dict[str, dict[str, Any]]:
+    """`measure` of each part by its name, into a file of that name."""
+    return {name: measure(model, tokenizer, pairs, how, metric, folder / f"{name}.txt") for name, pairs in parts.items()}
+
+
+def told(name: str, record: Mapping[str, Any]) -> str:
+    """What a run's record says of the translations of one text, for people."""
+    lines = [
+        f"  {name}: BLEU {record['value']:.2f} [{record['low']:.2f}, {record['high']:.2f}] {record['signature']},"
+        f" in {record['seconds']:.0f} s",
+        f"    {record['cut']} sources cut, {record['open']} translations without an end; all in translations/{name}.txt",
+    ]
+    for source, ours, theirs in record["examples"]:
+        lines.append(f"    source       {source}\n    translation  {ours}\n    reference    {theirs}\n")
+    return "\n".join(lines)

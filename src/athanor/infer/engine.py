@@ -218,7 +218,8 @@ class Engine:
         if work:
             if self.guesser is not None:
                 self.guesser.fill([w.sequence for w in work])
-            self._extend(work, self.runner.run([self._part(*w) for w in work]))
+            parts = [self._part(*w) for w in work]
+            self._extend(work, [part.wanted for part in parts], self.runner.run(parts))
         for w in work if stream else ():
             if not w.sequence.finish_reason:
                 content, reasoning = w.sequence.take()
@@ -278,47 +279,51 @@ class Engine:
             return count
         return max(0, end - sequence.length + 1)
 
-    def _extend(self, work: list[Work], hidden: Tensor) -> None:
+    def _extend(self, work: list[Work], wanted: list[int], hidden: Tensor) -> None:
         """Post-process: prompts are told their log-probabilities, and new tokens are chosen: more where guesses are right."""
         self._counts.steps += 1
         self._counts.step_tokens = sum(w.tokens for w in work)
         ready: list[tuple[Sequence, list[int]]] = []
-        last: list[Tensor] = []
-        for (s, count), piece in zip(work, hidden.split([self._wanted(*w) for w in work]), strict=True):
+        at: list[int] = []  # rows of `hidden` after which a token is chosen
+        end = 0
+        for (s, count), rows in zip(work, wanted, strict=True):
+            end += rows
             if s.request.params.prompt_logprobs is not None and len(s.prompt_logprobs) < len(s.start):
-                self._tell_prompt(s, piece)
+                self._tell_prompt(s, hidden[end - rows : end])
             checked = s.computed + count - s.length
-            self.scheduler.computed(s, min(s.computed + count, s.length))
-            if checked >= 0:
+            if checked < 0:
+                self.scheduler.computed(s, s.computed + count)
+            else:
                 ready.append((s, s.draft[:checked]))
-                last.append(piece[-checked - 1 :])
+                at += range(end - checked - 1, end)
         if not ready:
             return
-        logits = self.runner.logits(torch.cat(last))
-        rows = [self._row(s, guesses[:i]) for s, guesses in ready for i in range(len(guesses) + 1)]
-        tokens, logprobs = (x.tolist() for x in sample(logits, rows))
+        logits = self.runner.logits(hidden if len(at) == len(hidden) else hidden[torch.tensor(at, device=hidden.device)])
+        chosen = [self._row(s, guesses[:i]) for s, guesses in ready for i in range(len(guesses) + 1)]
+        tokens, logprobs = (x.tolist() for x in sample(logits, chosen))
         first = 0
         for s, guesses in ready:
             right = 0
             while right < len(guesses) and tokens[first + right] == guesses[right]:
                 right += 1
-            self._append(s, logits, slice(first, first + right + 1), tokens, logprobs)
+            self._append(s, logits, first, tokens[first : first + right + 1], logprobs[first : first + right + 1])
             self._counts.guesses += len(guesses)
             self._counts.right_guesses += right
             first += len(guesses) + 1
 
-    def _append(self, s: Sequence, logits: Tensor, at: slice, tokens: list[int], logprobs: list[float]) -> None:
-        """New tokens of one sequence, until its end."""
+    def _append(self, s: Sequence, logits: Tensor, first: int, tokens: list[int], logprobs: list[float]) -> None:
+        """New tokens of one sequence, until its end; `first` is the row of `logits` that the first was chosen by."""
         had, asked = len(s.ids), s.request.params.logprobs
-        for token, logprob in zip(tokens[at], logprobs[at], strict=True):
+        for token, logprob in zip(tokens, logprobs, strict=True):
             s.append(token, logprob, self.end_ids, self.max_len)
             if s.finish_reason:
                 break
         new = len(s.ids) - had
         self._counts.generation_tokens += new
         if asked is not None:
-            s.top_logprobs += top_logprobs(logits[at.start : at.start + new], s.ids[had:], [asked] * new)
-        s.draft = []
+            s.top_logprobs += top_logprobs(logits[first : first + new], s.ids[had:], [asked] * new)
+        if s.draft:
+            s.draft = []
         self.scheduler.computed(s, s.length - 1)  # the last one is yet to be read
 
     def _row(self, sequence: Sequence, guesses: list[int]) -> Row:

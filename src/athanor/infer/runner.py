@@ -64,23 +64,22 @@ class Runner:
     def run(self, parts: Sequence[Part]) -> Tensor:
         """Hidden states (sum of `wanted`, D): single tokens in one pass, parts of prompts in another; equal prompts once."""
         first: dict[Hashable, int] = {}
-        same = [first.setdefault(self._identity(i, part), i) for i, part in enumerate(parts)]
-        found: list[Tensor] = [torch.empty(0)] * len(parts)
+        same = [i if part.start else first.setdefault(_identity(part), i) for i, part in enumerate(parts)]
+        found: list[Tensor] = []
+        places: dict[int, range] = {}  # of a part: its rows in what is found
+        rows = 0
         for single in (True, False):
             some = [i for i, p in enumerate(parts) if same[i] == i and (len(p.tokens) == 1 and p.source is None) == single]
             if some:
-                hidden = self._pass([parts[i] for i in some])
-                for i, piece in zip(some, hidden.split([parts[i].wanted for i in some]), strict=True):
-                    found[i] = piece
+                found.append(self._pass([parts[i] for i in some]))
+                for i in some:
+                    places[i] = range(rows, rows := rows + parts[i].wanted)
         copies = [(parts[a], parts[i]) for i, a in enumerate(same) if a != i]
         if copies:
             self._copy(copies)
-        return torch.cat([found[a] for a in same])
-
-    @staticmethod
-    def _identity(i: int, part: Part) -> Hashable:
-        """Equal for parts that are the whole beginning of the same text; of others their own."""
-        return i if part.start else (tuple(part.tokens), tuple(part.source or ()), part.wanted)
+        hidden = found[0] if len(found) == 1 else torch.cat(found)
+        order = [*chain.from_iterable(places[a] for a in same)]
+        return hidden if order == [*range(rows)] else hidden[torch.tensor(order, device=hidden.device, dtype=torch.int64)]
 
     def _copy(self, pairs: Sequence[tuple[Part, Part]]) -> None:
         """Give the second of each pair what the first has in the cache."""
@@ -137,3 +136,8 @@ class Runner:
             ids = torch.tensor([[token for part in new for token in part.source or ()]], device=device)
             hidden = self.model.encode(ids, Packed(lengths, causal=False))
             self.sources.receive(Memory(hidden, lengths), torch.tensor([part.slot for part in new], device=device))
+
+
+def _identity(part: Part) -> Hashable:
+    """Equal for parts that are the whole beginning of the same text."""
+    return tuple(part.tokens), tuple(part.source or ()), part.wanted

@@ -8,7 +8,7 @@ from __future__ import annotations
 
 import math
 from collections.abc import Sequence
-from dataclasses import dataclass
+from typing import NamedTuple
 
 import numpy as np
 import torch
@@ -52,12 +52,11 @@ def truncate(logprobs: Tensor, top_p: Tensor, top_k: Tensor) -> Tensor:
     return torch.empty_like(logprobs).scatter_(-1, order, ordered.masked_fill_(drop, -torch.inf))
 
 
-@dataclass(frozen=True)
-class Row:
+class Row(NamedTuple):
     """What the next token of one sequence depends on beside its logits.
 
     params   of its request
-    index    tokens that it has made
+    made     tokens that it has made
     banned   tokens that may not come (ends before min_tokens, last tokens of bad words)
     allowed  (V,) bool: tokens that may; None for all
     prompt   tokens of its prompt; `repetition_penalty` alone reads them
@@ -65,7 +64,7 @@ class Row:
     """
 
     params: SamplingParams
-    index: int
+    made: int
     banned: Sequence[int] = ()
     allowed: Tensor | None = None
     prompt: Sequence[int] = ()
@@ -139,7 +138,7 @@ def sample(logits: Tensor, rows: Sequence[Row]) -> tuple[Tensor, Tensor]:
             least = torch.tensor([math.log(p.min_p) if p.min_p else -math.inf for p in params], device=device)
             kept = kept.masked_fill(kept < shown.amax(-1, keepdim=True) + least[:, None], -torch.inf)
         cumulative = kept.exp().cumsum(-1)
-        point = uniform([p.seed for p in params], [row.index for row in rows]).to(device, torch.float32) * cumulative[:, -1]
+        point = uniform([p.seed for p in params], [row.made for row in rows]).to(device, torch.float32) * cumulative[:, -1]
         # The first token whose cumulative probability passes the point. Past the last one lies only rounding.
         tokens = torch.searchsorted(cumulative, point[:, None], right=True).squeeze(1).clamp_(max=vocab - 1)
         tokens = torch.where(kept.gather(1, tokens[:, None]).squeeze(1).isinf() | greedy, best, tokens)

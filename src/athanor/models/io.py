@@ -16,7 +16,7 @@ from athanor.core import io, plugins
 from athanor.core.errors import CheckpointError, ConfigError, PluginError, nearest
 from athanor.core.weights import Weights, open_weights, save_sharded
 from athanor.models import heads
-from athanor.models.base import LanguageModel, TokenIds
+from athanor.models.base import EncoderDecoder, LanguageModel, TokenIds
 from athanor.models.keys import entry
 
 WEIGHTS = "model.safetensors"
@@ -79,6 +79,17 @@ def build(model_type: str, config: Any, *, seed: int | None = None) -> Any:
         return model
     model = module.Model(config)
     model.initialise(torch.Generator().manual_seed(seed))
+    return model
+
+
+def encoder_decoder(name: str, fields: Mapping[str, Any], ids: TokenIds, seed: int) -> EncoderDecoder:
+    """A fresh encoder-decoder with its special tokens; `name` and `fields` as in `shape`. Raises ConfigError for another kind."""
+    family = name.partition(":")[0]
+    kind = plugins.require("models", family, "Model", "Config").Model.kind
+    if kind != "encoder_decoder":
+        raise ConfigError(f"arch ({name!r}) is no encoder-decoder but of the kind {kind!r}: use transformer")
+    model: EncoderDecoder = build(family, shape(name, fields), seed=seed)
+    model.token_ids = ids
     return model
 
 

@@ -82,7 +82,7 @@ class _Packed(NamedTuple):
 
 
 _PACKED = WeakTensorKeyDictionary()  # by the weight itself: who drops the weight drops this
-_FEW = 256  # rows up to which a weight that is in order already is worth it: beyond, putting it in order costs little
+_FEW = 1024  # rows up to which a weight that is in order already is worth it: beyond, putting it in order costs little
 
 
 def pack(weights: Iterable[Tensor]) -> None:

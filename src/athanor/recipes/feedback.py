@@ -13,7 +13,7 @@ import json
 from collections.abc import Mapping
 from dataclasses import asdict, dataclass
 from pathlib import Path
-from typing import Literal
+from typing import Any, Literal
 
 from rich.console import Console
 from rich.table import Table
@@ -23,6 +23,7 @@ from athanor.core.errors import ConfigError, DataError
 from athanor.core.io import atomic_write
 from athanor.report.words import visible
 from athanor.serve.feedback import FILE, Row, Store, pair
+from athanor.types import Pair
 
 POSITIONAL = ("action", "path")
 WHY = {
@@ -60,8 +61,17 @@ def main(config: Config) -> None:
     answers = _some(len(rows), "answer")
     if not found.pairs:
         raise DataError(f"no pair in {answers} ({counts}): rate an answer up and another one to the same prompt down")
-    atomic_write(config.out, "".join(json.dumps(asdict(made), ensure_ascii=False) + "\n" for made in found.pairs))
+    atomic_write(config.out, "".join(json.dumps(_plain(made), ensure_ascii=False) + "\n" for made in found.pairs))
     print(f"{config.out}: {_some(len(found.pairs), 'pair')} from {_some(found.prompts, 'prompt')}\n{answers}: {counts}")
+
+
+def _plain(made: Pair) -> dict[str, Any]:
+    """A pair as JSON: messages without the fields that say nothing."""
+    prompt, chosen, rejected = (
+        [{name: value for name, value in asdict(message).items() if value not in (None, ())} for message in messages]
+        for messages in (made.prompt, [made.chosen], [made.rejected])
+    )
+    return {"prompt": prompt, "chosen": chosen[0], "rejected": rejected[0]}
 
 
 def _some(count: int, what: str) -> str:

@@ -11,7 +11,7 @@ from typing import Any
 
 import torch
 
-from athanor.core import dist, io, plugins
+from athanor.core import dist, io
 from athanor.core.errors import ConfigError
 from athanor.core.stage import Stage
 from athanor.data import pairs
@@ -99,11 +99,7 @@ def main(config: Config) -> int:
                 return 0
     r = stage.record or {}
     print(f"translate: {r['parameters']:,} parameters, {r['pairs']:,} pairs, held-out loss {r['curve'][-1]['heldout_loss']:.3f}")
-    for name, b in r["bleu"].items():
-        print(f"  {name}: BLEU {b['value']:.2f} [{b['low']:.2f}, {b['high']:.2f}] {b['signature']}, in {b['seconds']:.0f} s")
-        print(f"    {b['cut']} sources cut, {b['open']} translations without an end; all in translations/{name}.txt")
-        for source, ours, theirs in b["examples"]:
-            print(f"    source       {source}\n    translation  {ours}\n    reference    {theirs}\n")
+    print("\n".join(translation.told(name, b) for name, b in r["bleu"].items()))
     return 0
 
 
@@ -122,46 +118,30 @@ def _run(c: Config, stage: Stage, strategy: Alone, metric: Any) -> None:
     def batches(step: int) -> list[Batch]:
         return [fill(order.batch(i)) for i in range(step * c.accumulate, (step + 1) * c.accumulate)]
 
-    objective = seq2seq.build(c.objective)
-    fresh = partial(_model, c, tokenizer)
+    objective, fresh = seq2seq.build(c.objective), partial(_model, c, tokenizer)
     model, optimizers = ready(fresh().to(strategy.device), c, strategy, objective, batches(0)[0])
-    texts = [watched.batch(i) for i in range(watched.per_epoch)]
+    texts = [*map(watched.batch, range(watched.per_epoch))]
     measure = heldout(model, objective, texts, precision=c.precision, strategy=strategy)
     monitor = Monitor(model, context=c.max_tokens, precision=c.precision, every=c.detail) if c.detail else None
     ema = EMA(model, c.ema) if c.ema else None
-    data = {"data": io.sha256_text(json.dumps([train, valid])), "tokenizer": tokenizer.hash}
-    store = StateStore(c.run / "state" / "translate", stage.settings | data | {"threads": torch.get_num_threads()}, c.keep)
+    data = {"data": io.sha256_text(json.dumps([train, valid])), "tokenizer": tokenizer.hash, "threads": torch.get_num_threads()}
+    store = StateStore(c.run / "state" / "translate", stage.settings | data, c.keep)
     with watching(c.run, "translate", c.steps, store, c.sinks) as tracker:
         progress = fit(
-            model,
-            objective,
-            batches,
-            optimizers,
-            schedule(c.schedule, c.steps),
-            store=store,
-            hooks=[Hook(lambda step: dict(measure(step)), per_epoch)],
-            tracker=tracker,
-            monitor=monitor,
-            ema=ema,
-            **keywords(c, strategy),
-        )
+            model, objective, batches, optimizers, schedule(c.schedule, c.steps), store=store, tracker=tracker, monitor=monitor,
+            hooks=[Hook(lambda step: dict(measure(step)), per_epoch)], ema=ema, **keywords(c, strategy),
+        )  # fmt: skip
     trained = whole(fresh, model, optimizers, progress, store, strategy, ema)
     if dist.is_main():
-        assert isinstance(trained, EncoderDecoder)
         LM(trained, tokenizer).save(c.run / "translate", parent=None, corpus=data["data"])
-        out = c.run / "translations"
-        bleu = {n: translation.measure(trained, tokenizer, p, c.search, metric, out / f"{n}.txt") for n, p in held.items()}
-        figures: dict[str, Any] = {"parameters": trained.n_parameters(), "pairs": len(sides["train"].pairs), "bleu": bleu}
+        figures = {"parameters": trained.n_parameters(), "pairs": len(sides["train"].pairs), "steps": progress.step}
+        bleu = translation.measure_all(trained, tokenizer, held, c.search, metric, c.run / "translations")
         dropped = {name: {"empty": e.empty, "long": e.long} for name, e in sides.items()}
-        stage.finish(**figures, steps=progress.step, dropped=dropped, curve=progress.history, fit=progress.seconds)
+        stage.finish(**figures, bleu=bleu, dropped=dropped, curve=progress.history, fit=progress.seconds)
     store.clear()
 
 
-def _model(c: Config, tokenizer: Tokenizer) -> Any:
-    module = plugins.require("models", c.arch, "Model", "Config")
-    if module.Model.kind != "encoder_decoder":
-        raise ConfigError(f"arch ({c.arch!r}) is no encoder-decoder but of the kind {module.Model.kind!r}: use transformer")
-    shape = module.Config(tokenizer.vocab_size, **asdict(c.shape), max_positions=c.max_tokens)
-    model = models.build(c.arch, shape, seed=c.seed)
-    model.token_ids = TokenIds(tokenizer.bos_id, (tokenizer.end_id,), tokenizer.pad_id, decoder_start=tokenizer.bos_id)
-    return model
+def _model(c: Config, tokenizer: Tokenizer) -> EncoderDecoder:
+    fields = asdict(c.shape) | {"vocab_size": tokenizer.vocab_size, "max_positions": c.max_tokens}
+    ids = TokenIds(tokenizer.bos_id, (tokenizer.end_id,), tokenizer.pad_id, decoder_start=tokenizer.bos_id)
+    return models.encoder_decoder(c.arch, fields, ids, c.seed)

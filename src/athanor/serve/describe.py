@@ -65,6 +65,7 @@ _OF_BODIES = {
     "413": "A body that is too long",
     "415": "A body that is not declared as JSON",
     "429": "Too many unfinished requests: come back later",
+    "501": "What needs a library that this server has not",
     "503": "The server is shutting down",
     "504": "The answer took too long",
 }

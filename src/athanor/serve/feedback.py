@@ -47,7 +47,7 @@ CREATE TABLE IF NOT EXISTS feedback (
     finish_reason TEXT,           -- NULL when the answer broke off
     rating        TEXT CHECK (rating IN ('up', 'down')),
     note          TEXT NOT NULL
-) STRICT
+)
 """
 
 

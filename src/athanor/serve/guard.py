@@ -21,7 +21,7 @@ from starlette.requests import ClientDisconnect
 from starlette.routing import Route
 from starlette.types import ASGIApp, Message, Receive, Scope, Send
 
-from athanor.core.errors import AthanorError, ConfigError, RequestError
+from athanor.core.errors import AthanorError, ConfigError, MissingExtraError, RequestError
 from athanor.serve.models import UnknownModelError
 from athanor.serve.shapes import ErrorBody, Json, error_body
 from athanor.serve.worker import DeadlineError, EngineFailedError, QueueFullError, StoppingError
@@ -88,6 +88,8 @@ def error_response(error: Exception, request_id: str) -> JSONResponse:
             return _response(429, str(error), code="queue_full", headers=_RETRY_AFTER)
         case StoppingError():
             return _response(503, str(error), code="shutting_down")
+        case MissingExtraError():
+            return _response(501, str(error), code="not_installed")
         case DeadlineError():
             return _response(504, str(error), code="timeout")
         case HTTPException():

@@ -64,9 +64,15 @@ class Served:
         size: int = self.lm.config.vocab_size
         return size
 
+    def prompt(self, text: str) -> list[int]:
+        """A text with the control tokens that belong to it."""
+        return self.tokenizer.prompt(text) if self.lm is None else self.lm.prompt_ids(text)
+
     def room(self, prompt: int) -> int:
-        """How many tokens an answer to a prompt of so many may have."""
-        return self.context - (prompt if self.start is None else self.start)
+        """How many tokens an answer to a prompt of so many may have: none, where the prompt itself is too long."""
+        if self.start is None or prompt > self.context:
+            return self.context - prompt
+        return self.context - self.start
 
     @property
     def think(self) -> tuple[int, int] | None:

@@ -54,7 +54,7 @@ def _rendered(chat: ChatRequest, served: Served) -> list[int]:
 def of_completion(asked: CompletionRequest, served: Served) -> Prepared:
     """As `of_chat`."""
     check_ids(asked.token_ids(), served.vocab_size)
-    whole = [served.tokenizer.prompt(p) if isinstance(p, str) else p for p in asked.prompts]
+    whole = [served.prompt(p) if isinstance(p, str) else p for p in asked.prompts]
     prompts, cut = _cut(whole, asked.truncate_prompt_tokens)
     pairs: list[tuple[list[int], SamplingParams]] = []
     for ids in prompts:
@@ -77,7 +77,7 @@ def tokens_of(asked: TokenizeRequest, served: Served) -> list[int]:
         messages = [message.plain() for message in asked.messages]
         return render(served.tokenizer, messages, generation_prompt=asked.add_generation_prompt is not False).ids
     assert asked.prompt is not None
-    return (served.tokenizer.encode if asked.add_special_tokens is False else served.tokenizer.prompt)(asked.prompt)
+    return (served.tokenizer.encode if asked.add_special_tokens is False else served.prompt)(asked.prompt)
 
 
 def check_ids(fields: Mapping[str, Sequence[int]], vocab_size: int) -> None:
@@ -101,7 +101,9 @@ def _cut(prompts: list[list[int]], longest: int | None) -> tuple[list[list[int]]
 def _limit(asked: int | None, field: str, prompt: int, served: Served, default: int | None, what: str) -> int:
     """How many tokens an answer may have. Raises RequestError when prompt and answer do not fit into the context."""
     left, context = served.room(prompt), served.context
-    if prompt >= context or left < 1:
+    if not prompt:
+        raise RequestError(f"'{what}' has no tokens, so there is nothing to go on from: give at least one", what)
+    if left < 1:
         raise RequestError(
             f"'{what}' is {prompt} tokens long, but the context has {context} for it and the answer: shorten it", what
         )

@@ -11,6 +11,7 @@ from athanor.tokenizer.bpe import Tokenizer
 from athanor.tokenizer.vocabulary import Vocabulary
 from athanor.types import Completion, TokenLogprob
 
+Json = dict[str, Any]
 _LOWEST = -9999.0  # stands for minus infinity, which JSON has not
 
 
@@ -26,7 +27,7 @@ class ErrorBody(TypedDict):
 
 
 class PromptDetails(TypedDict):
-    cached_tokens: int
+    cached_tokens: NotRequired[int]  # not known before the end of a stream
     truncated_tokens: NotRequired[int]  # left out of the prompt, where truncate_prompt_tokens asks for it
 
 
@@ -91,13 +92,15 @@ def model_body(name: str, created: int, max_len: int) -> Model:
     return {"id": name, "object": "model", "created": created, "owned_by": "athanor", "max_model_len": max_len}
 
 
-def usage(prompt: int, new: int, cached: int = 0, truncated: int | None = None) -> Usage:
-    """Tokens of one request."""
-    details: PromptDetails = {"cached_tokens": cached}
+def usage(prompt: int, new: int, cached: int | None = None, truncated: int | None = None) -> Usage:
+    """Tokens of one request; None for what is not known, or was not asked for."""
+    details: PromptDetails = {}
+    if cached is not None:
+        details["cached_tokens"] = cached
     if truncated is not None:
         details["truncated_tokens"] = truncated
-    total = prompt + new
-    return {"prompt_tokens": prompt, "completion_tokens": new, "total_tokens": total, "prompt_tokens_details": details}
+    spent: Usage = {"prompt_tokens": prompt, "completion_tokens": new, "total_tokens": prompt + new}
+    return {**spent, "prompt_tokens_details": details} if details else spent
 
 
 def usage_of(completions: Sequence[Completion], n: int = 1, truncated: int | None = None) -> Usage:
@@ -174,6 +177,3 @@ class Offsets:
             found.append(self.at)
             self.at += len(self._pieces.push(id)) if id < self._tokenizer.vocab_size else 0
         return found
-
-
-Json = dict[str, Any]

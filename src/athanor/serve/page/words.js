@@ -13,7 +13,7 @@ const WORDS = {
     seedHint: "another every time", send: "Send", settings: "Settings", settingsHint: "They count from the next answer on, and are kept in this browser.",
     stop: "Stop", stopped: "stopped", system: "System prompt", systemHint: "Who the model is, how it should answer",
     temperature: "Temperature, 0 to 2", tokens: (n) => (n === 1 ? "1 token" : `${n} tokens`), topP: "Top p, above 0 to 1", up: "Good answer",
-    unreachable: "The server cannot be reached.", unsaved: "Not saved", welcome: "Ask the model something.", you: "You",
+    unreachable: "The server cannot be reached.", unsaved: "Not saved", welcome: "Ask the model something.",
   },
   zh: {
     again: "重新回答", answerOf: (i, n) => `${i} / ${n}`, auto: "由服务器决定", broken: "连接中断，回答不完整。",
@@ -27,7 +27,7 @@ const WORDS = {
     seedHint: "每次不同", send: "发送", settings: "设置", settingsHint: "从下一个回答起生效，保存在此浏览器中。",
     stop: "停止", stopped: "已停止", system: "系统提示词", systemHint: "模型的身份，以及如何回答",
     temperature: "温度（0 到 2）", tokens: (n) => `${n} 个词元`, topP: "Top p（大于 0，至 1）", up: "回答很好",
-    unreachable: "无法连接服务器。", unsaved: "未保存", welcome: "向模型提问。", you: "你",
+    unreachable: "无法连接服务器。", unsaved: "未保存", welcome: "向模型提问。",
   },
 };
 
