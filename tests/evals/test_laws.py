@@ -9,9 +9,10 @@ from athanor.align.rollouts import roll_out, to_batch
 from athanor.data.pack import join, pack
 from athanor.evals import laws
 from athanor.infer import engine
+from athanor.infer.blocks import Blocks
 from athanor.infer.engine import Engine
 from athanor.infer.sampling import truncate
-from athanor.nn import cache, context
+from athanor.nn import context, paged
 from athanor.nn.sdpa import attention
 from athanor.types import Finding, Rollout, SamplingParams
 
@@ -88,31 +89,42 @@ class TestOneRenderer:
 
 class TestOneModel:
     def test_it_holds(self, model, tokenizer):
-        assert hold(laws.one_model(model, tokenizer)) == [True, True]
+        assert hold(laws.one_model(model, tokenizer)) == [True, True, True]
 
     def test_a_decoding_that_sees_too_much_is_seen(self, model, tokenizer, monkeypatch):
-        true_attention = cache.decode_attention
+        true_attention = paged.attend_rows
 
         def unmasked(query, key, value, mask, **kw):
             return true_attention(query, key, value, torch.zeros_like(mask), **kw)
 
-        monkeypatch.setattr(cache, "decode_attention", unmasked)
+        monkeypatch.setattr(paged, "attend_rows", unmasked)
         assert hold(laws.one_model(model, tokenizer))[0] is False
 
     def test_a_decoding_that_is_a_position_late_is_seen(self, model, tokenizer, monkeypatch):
-        true_init = cache.Decode.__init__
+        true_init = paged.Paged.__init__
 
-        def late(self, kv, lengths):
-            true_init(self, kv, lengths)
-            self.positions = self.positions + 1
+        def late(self, *args):
+            true_init(self, *args)
+            if self._single:
+                self.positions = self.positions + 1
 
-        monkeypatch.setattr(cache.Decode, "__init__", late)
+        monkeypatch.setattr(paged.Paged, "__init__", late)
         finding = laws.one_model(model, tokenizer)[0]
         assert not finding.passed and finding.value > 10 * finding.tolerance
 
-    def test_rows_that_are_not_moved_with_their_requests_are_seen(self, model, tokenizer, monkeypatch):
-        monkeypatch.setattr(engine.Runner, "move", lambda *args: None)
-        assert hold(laws.one_model(model, tokenizer)) == [False, False]
+    def test_blocks_that_two_requests_write_are_seen(self, model, tokenizer, monkeypatch):
+        monkeypatch.setattr(Blocks, "take", lambda self, count: [1] * count)
+        monkeypatch.setattr(Blocks, "release", lambda self, table: None)
+        monkeypatch.setattr(Blocks, "publish", lambda self, *args: None)
+        assert hold(laws.one_model(model, tokenizer))[:2] == [False, False]
+
+    def test_beginnings_of_other_texts_are_seen(self, model, tokenizer, monkeypatch):
+        true_match = Blocks.match
+        monkeypatch.setattr(Blocks, "match", lambda self, tokens: true_match(self, self.lie(tokens)))
+        monkeypatch.setattr(
+            Blocks, "lie", lambda self, tokens: [*next(iter(self._block), (0, ()))[1], *tokens][: len(tokens)], raising=False
+        )
+        assert hold(laws.one_model(model, tokenizer))[2] is False
 
 
 class TestPackedIsSeparate:
@@ -146,9 +158,9 @@ class TestRolloutIsTrainer:
     def test_log_probabilities_of_the_truncated_distribution_are_seen(self, model, tokenizer, monkeypatch):
         true_sample = engine.sample
 
-        def truncated(logits, params, indices):
-            tokens, _ = true_sample(logits, params, indices)
-            n = len(params)
+        def truncated(logits, rows):
+            tokens, _ = true_sample(logits, rows)
+            n = len(rows)
             kept = truncate(torch.log_softmax(logits / 0.7, -1), torch.full((n,), 0.9), torch.full((n,), logits.shape[1]))
             return tokens, torch.log_softmax(kept, -1).gather(1, tokens[:, None])[:, 0]
 

@@ -109,7 +109,8 @@ def _jinja(folder: str) -> tuple[Renderer, str]:
 
 
 def one_model(model: CausalLM, tokenizer: Vocabulary) -> list[Finding]:
-    """L2: answers from the cache are those of whole forward passes, and the same alone as among others."""
+    """L2: answers from the cache are those of whole forward passes, and the same alone as among others, and where prompts are
+    computed in parts or their beginnings are in the cache."""
     context = min(model.config.max_positions, _LONGEST)
     requests = []
     for i, s in enumerate(sequences(tokenizer, context // 2, model.config.vocab_size) * 2):
@@ -117,12 +118,16 @@ def one_model(model: CausalLM, tokenizer: Vocabulary) -> list[Finding]:
         requests.append(Request(str(i), s.ids, params))
     together = Engine(model, tokenizer, max_batch=3).generate(requests)
     alone = [Engine(model, tokenizer, max_batch=1).generate([r])[0] for r in requests]
-    distance = max(_distance(model, c) for c in (*together, *alone))
+    known = Engine(model, tokenizer, max_batch=3, step_tokens=5)
+    again = [known.generate(requests) for _ in range(2)][1]
+    distance = max(_distance(model, c) for c in (*together, *alone, *again))
     different = sum(a.ids != b.ids for a, b in zip(together, alone, strict=True))
-    tokens = sum(len(c.ids) for c in (*together, *alone))
+    other = sum(a.ids != b.ids for a, b in zip(again, alone, strict=True))
+    tokens = sum(len(c.ids) for c in (*together, *alone, *again))
     return [
         Finding("L2", f"cached and uncached: log-probabilities of {tokens} generated tokens", distance, NATS),
         Finding("L2", f"batched and alone: answers of {len(requests)} that differ", different),
+        Finding("L2", f"in parts, from beginnings that are cached, and alone: answers of {len(requests)} that differ", other),
     ]
 
 
