@@ -101,10 +101,10 @@ class LM:
         path = self.path.resolve()
         return f"{path.parent.name}/{path.name}"
 
-    def engine(self, max_batch: int = 64, precision: Precision = "fp32") -> Engine:
-        """A new engine over this model. Raises ConfigError for one that does not generate text."""
+    def engine(self, max_batch: int = 64, precision: Precision = "fp32", **options: Any) -> Engine:
+        """A new engine over this model; `options` are others of `Engine`. Raises ConfigError for one that generates no text."""
         self._check_generates()
-        return Engine(self.model, self.tokenizer, max_batch=max_batch, precision=precision)  # type: ignore[arg-type]  # it does
+        return Engine(self.model, self.tokenizer, max_batch=max_batch, precision=precision, **options)  # type: ignore[arg-type]
 
     def _check_generates(self) -> None:
         if self.model.kind not in ("decoder", "encoder_decoder") or self.model.task != "lm":

@@ -54,11 +54,14 @@ def _sentence_piece():
 
 
 def _unigram():
-    inner = tokenizers.Tokenizer(models.Unigram())
+    """Letters, so that JSON leads nowhere that cannot be left, and a few pieces; no bytes. No two trainings give the same."""
+    letters = sorted({"▁", *(chr(c) for c in range(ord("!"), ord("~") + 1)), *"ïé你好🔥"})
+    pieces = ["▁the", "▁true", "heat", '▁"', '":', "▁{", "at", "12", "name"]
+    vocabulary = [("<pad>", 0.0), ("<end>", 0.0), ("<unk>", -9.0), *((piece, -3.0) for piece in [*letters, *pieces])]
+    inner = tokenizers.Tokenizer(models.Unigram(vocabulary, unk_id=2))
     inner.pre_tokenizer = pre_tokenizers.Metaspace()
     inner.decoder = decoders.Metaspace()
-    special = ["<pad>", "<end>", "<unk>"]
-    inner.train_from_iterator(TEXT, trainers.UnigramTrainer(vocab_size=90, special_tokens=special, unk_token="<unk>"))
+    inner.add_special_tokens(["<pad>", "<end>", "<unk>"])
     return inner
 
 
@@ -349,6 +352,23 @@ def test_tokens_taken_back_were_never_taken(vocabulary, seed, data):
             form.advance(ids[at])
             at += 1
             assert torch.equal(form.allowed(), masks[at])
+
+
+def test_no_end_comes_within_a_thought(ours):
+    x, y = _ids(ours, "xy")
+    form = Constraint(constrained.compile(Structure("choice", '["x"]'), ours, PADDED), {ours.end_id, y}, reasoning=True)
+    form.advance(ours.think_id)
+    assert form.allowed()[x] and not form.allowed()[[y, ours.end_id]].any()
+
+
+def test_json_has_room_for_indentation_and_no_more(ours):
+    form = Constraint(constrained.compile(Structure("json", ""), ours, PADDED))
+    brace, blank = _ids(ours, "{ ")
+    form.advance(brace)
+    for _ in range(32):
+        assert form.allowed()[blank]
+        form.advance(blank)
+    assert form.allowed().any() and not form.allowed()[blank]
 
 
 def test_two_answers_of_one_grammar_know_nothing_of_each_other(ours):

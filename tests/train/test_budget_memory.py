@@ -96,7 +96,8 @@ def test_parts_are_what_they_are_called():
     assert found.parts["weights"] == pytest.approx(4 * n, rel=0.001) and found.trainable == n
     assert found.parts["optimizer"] == pytest.approx(8 * n, rel=0.001) and found.parts["casts"] == 0
     assert need(accumulate=4).parts["gradients"] == pytest.approx(4 * n, rel=0.001)  # of the micro-batches before
-    assert need(precision="bf16").parts["casts"] == pytest.approx(2 * n, rel=0.01)
+    # Of all weights the output alone is cast for longer than one product.
+    assert need(precision="bf16").parts["casts"] == 2 * SHAPE.vocab_size * SHAPE.d_model
     half = need(precision="bf16-pure").parts
     assert half["weights"] == pytest.approx(2 * n, rel=0.001) and half["optimizer"] == pytest.approx(12 * n, rel=0.001)
     assert need(optimizer="sgd").parts["optimizer"] == pytest.approx(4 * n, rel=0.001)
@@ -126,7 +127,9 @@ def test_adapters_are_small_and_frozen_layers_can_be():
     assert lora.trainable == qlora.trainable == sum(16 * sum(w.shape) for w in weights)
     assert need(tune="lora", rank=4).trainable * 4 == lora.trainable
     assert need(tune="lora", targets=("qkv",)).trainable == 3 * 16 * (64 + 128)
-    assert lora.parts["optimizer"] == pytest.approx(8 * lora.trainable, rel=0.01) and lora.peak < full.peak
+    assert lora.parts["optimizer"] == pytest.approx(8 * lora.trainable, rel=0.01)
+    few = [need(precision="bf16", tune=how, batch_tokens=64, context=64).peak for how in ("full", "lora", "qlora")]
+    assert few == sorted(few, reverse=True)  # of many tokens activations outweigh all that, and adapters have some of their own
     matrices, largest = sum(w.numel() for w in weights), max(w.numel() for w in weights)
     whole = 2 * (skeleton().n_parameters()) + 4 * lora.trainable
     assert qlora.parts["weights"] == pytest.approx(whole - matrices * (2 - NF4) + 2 * largest, rel=0.001)
@@ -153,7 +156,7 @@ def test_a_rehearsal_leaves_nothing_behind():
     names = {name: p.device.type for name, p in model.named_parameters()}
     predict(model, _SETUP)
     assert {name: p.device.type for name, p in model.named_parameters()} == names
-    assert sdpa.causal_mask.cache_info().currsize == 0
+    assert sdpa.causal_mask.cache_info().currsize == sdpa._block_mask.cache_info().currsize == 0
     real = models.build("llama", SHAPE, seed=0)
     before = real(torch.arange(8)[None])
     with rehearsing() as live:

@@ -1,13 +1,17 @@
 """A dry step measures, touches nothing, and says what to lower where there is no room."""
 
+import gc
 import random
+from dataclasses import replace
 
 import numpy as np
 import pytest
 import torch
+from torch._subclasses.fake_tensor import FakeTensor
 
 from athanor.core.errors import NoTargetsError, TrainingError
 from athanor.models import io as models
+from athanor.nn import sdpa
 from athanor.objectives import next_token
 from athanor.optim.build import OptimConfig, build
 from athanor.train import dry
@@ -58,6 +62,20 @@ def test_training_goes_on_as_if_nothing_had_been(ragged):
         a, b = (step(model, optimizers, ragged(5, 9, seed=i)) for model, optimizers in (with_dry, without))
         assert a == b
     assert all(torch.equal(p, q) for p, q in zip(with_dry[0].parameters(), without[0].parameters(), strict=True))
+
+
+@pytest.mark.parametrize("length", [48, 200, 256, 600])
+def test_masks_of_every_way_of_attention_are_those_of_real_tensors_afterwards(length):
+    """What is kept of a rehearsal has no data: read later, it gives whatever lies in memory."""
+    sdpa.forget_masks()
+    model = models.build("llama", replace(models.architecture("llama").PRESETS["tiny"], max_positions=1024), seed=0).train()
+    batch = dry.worst(2 * length, length, 320)
+    batch.labels = batch.ids.clone()
+    expected, _, _ = next_token.loss(model, batch)
+    sdpa.forget_masks()
+    dry.dry_step(model, next_token.loss, build(model, OptimConfig()), batch, "fp32")
+    assert torch.equal(next_token.loss(model, batch)[0], expected)
+    assert not any(type(x) is FakeTensor for x in gc.get_objects())
 
 
 def test_more_tokens_take_more():

@@ -107,7 +107,7 @@ class Constraint:
         """Which tokens may come next: (V,) bool, on the CPU. Tokens that end the answer are among them where the form may end.
 
         Once `done`, it holds at most those; it is empty only where nothing may follow and no token ends the answer. Raises
-        RequestError when the form leads nowhere with this vocabulary, or has become too complex to follow.
+        RequestError when the form leads nowhere with this vocabulary (one that lacks some bytes), or is too complex to follow.
         """
         grammar, table = self._grammar, self._grammar.table
         mask = np.zeros(grammar.vocab_size, dtype=bool)

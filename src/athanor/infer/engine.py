@@ -12,6 +12,7 @@ from torch import Tensor
 
 from athanor.core.device import Precision
 from athanor.core.errors import ConfigError, RequestError
+from athanor.infer import constrained
 from athanor.infer.asked import bad_words, check
 from athanor.infer.blocks import Blocks
 from athanor.infer.runner import Part, Runner
@@ -25,7 +26,7 @@ from athanor.nn.linear import Linear, pack
 from athanor.nn.paged import PagedCache
 from athanor.tokenizer.stream import StreamDecoder
 from athanor.tokenizer.vocabulary import Vocabulary
-from athanor.types import Completion, Request, TokenLogprob
+from athanor.types import Completion, Request, SamplingParams, TokenLogprob
 
 BLOCK = 16  # tokens of a block of the cache: of a sequence of 256 tokens 3 % of its blocks is empty on average
 _TOLD = 256  # tokens of a prompt whose log-probabilities are made at once
@@ -194,8 +195,17 @@ class Engine:
         decoder = StreamDecoder(self.tokenizer, request.params.stop, () if self._start else request.prompt_ids)
         sequence = Sequence(request, decoder, self._start)
         sequence.words = bad_words(self.tokenizer, request.params.bad_words)
+        if request.params.structure is not None:
+            grammar = constrained.compile(request.params.structure, self.tokenizer, self.vocab_size)
+            before = () if self._start else request.prompt_ids
+            sequence.form = constrained.Constraint(grammar, self.end_ids, before=before, reasoning=True)
         self._ids.add(request.id)
         self.scheduler.add(sequence)
+
+    def prepare(self, params: SamplingParams) -> None:
+        """Make ready what `add` would take a while for, from any thread. Raises as `add` does for a structure."""
+        if params.structure is not None:
+            constrained.compile(params.structure, self.tokenizer, self.vocab_size)
 
     def abort(self, request_id: str) -> None:
         """End a request early; its last chunk comes from the next step. Unknown ids (already finished) are no error."""
@@ -294,6 +304,8 @@ class Engine:
             if checked < 0:
                 self.scheduler.computed(s, s.computed + count)
             else:
+                if s.form is not None and not self._formed(s, s.form):
+                    continue
                 ready.append((s, s.draft[:checked]))
                 at += range(end - checked - 1, end)
         if not ready:
@@ -316,6 +328,10 @@ class Engine:
         had, asked = len(s.ids), s.request.params.logprobs
         for token, logprob in zip(tokens, logprobs, strict=True):
             s.append(token, logprob, self.end_ids, self.max_len)
+            if s.form is not None and not s.finish_reason:
+                s.form.advance(token)
+                if s.form.done and not self.end_ids:
+                    s.finish_reason = "stop"
             if s.finish_reason:
                 break
         new = len(s.ids) - had
@@ -326,6 +342,16 @@ class Engine:
             s.draft = []
         self.scheduler.computed(s, s.length - 1)  # the last one is yet to be read
 
+    @staticmethod
+    def _formed(s: Sequence, form: constrained.Constraint) -> bool:
+        """See which tokens may come next; where the form leads nowhere the answer ends with the reason."""
+        try:
+            s.allowed = form.allowed()
+        except RequestError as error:
+            s.finish_reason, s.error = "abort", str(error)
+            return False
+        return True
+
     def _row(self, sequence: Sequence, guesses: list[int]) -> Row:
         """What the sampler has to know of a sequence, when so many guesses are right."""
         params, banned = sequence.request.params, list[int]()
@@ -335,7 +361,7 @@ class Engine:
         for *before, word in sequence.words:
             if not before or ids[-len(before) :] == before:
                 banned.append(word)
-        return Row(params, len(ids), banned, None, sequence.request.prompt_ids, ids)
+        return Row(params, len(ids), banned, sequence.allowed, sequence.request.prompt_ids, ids)
 
     def _guess(self) -> None:
         """Plan guesses for the sequences of which one token is due."""

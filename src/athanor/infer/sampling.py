@@ -93,7 +93,7 @@ def change(logits: Tensor, row: Row) -> Tensor:
     if row.banned:
         z[ids(row.banned)] = -torch.inf
     if row.allowed is not None:
-        z.masked_fill_(~row.allowed, -torch.inf)
+        z.masked_fill_(~row.allowed.to(z.device), -torch.inf)
     if p.repetition_penalty != 1:
         seen = ids(sorted({*row.prompt, *row.ids}))
         values = z[seen]

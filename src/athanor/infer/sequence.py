@@ -7,7 +7,10 @@ from collections.abc import Collection
 from collections.abc import Sequence as TokenSequence
 from dataclasses import dataclass, field
 
+from torch import Tensor
+
 from athanor.infer.blocks import Chain
+from athanor.infer.constrained import Constraint
 from athanor.tokenizer.stream import StreamDecoder
 from athanor.types import Completion, FinishReason, Request, Timing, TokenLogprob
 
@@ -28,6 +31,9 @@ class Sequence:
     draft     tokens that are guessed to come next, to be checked by the next step
     cached    tokens of the prompt that others had computed
     words     what may not appear, as tokens
+    form      that the answer must have
+    allowed   (V,) bool: tokens that it allows next
+    error     why it cannot go on
     drafted   how many of its tokens are in the cache of a draft model
     seen      where runs of its first `n_seen` tokens ended last
     """
@@ -51,6 +57,9 @@ class Sequence:
     draft: list[int] = field(default_factory=list)
     cached: int = 0
     words: list[tuple[int, ...]] = field(default_factory=list)
+    form: Constraint | None = None
+    allowed: Tensor | None = None
+    error: str | None = None
     drafted: int = 0
     seen: dict[tuple[int, ...], int] = field(default_factory=dict)
     n_seen: int = 1
@@ -144,5 +153,6 @@ class Sequence:
             top_logprobs=None if params.logprobs is None else tuple(self.top_logprobs),
             prompt_logprobs=None if params.prompt_logprobs is None else tuple(self.prompt_logprobs),
             cached=self.cached,
+            error=self.error,
             timing=Timing(self.added, started, now if self.first is None else self.first, now),
         )

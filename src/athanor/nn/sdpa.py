@@ -128,6 +128,12 @@ def _block_mask(first: int, last: int, repeats: int, dtype: torch.dtype, device:
     return causal_mask(last, 1, dtype, device)[first:].repeat(repeats, 1)
 
 
+def forget_masks() -> None:
+    """Make masks anew that were kept: some tensors (those without data) must not outlive the mode in which they were made."""
+    causal_mask.cache_clear()
+    _block_mask.cache_clear()
+
+
 class _CausalAttention(torch.autograd.Function):
     """`_Attention` of causal rows, by blocks of queries that meet only the keys up to their last one.
 

@@ -17,7 +17,9 @@ import uvicorn
 from fastapi import FastAPI
 
 import athanor
+from athanor.core.device import Precision
 from athanor.core.errors import ConfigError
+from athanor.infer.speculative import NGram
 from athanor.serve import guard, page
 from athanor.serve.app import Options, create_server
 from athanor.serve.models import Models, Served
@@ -39,6 +41,10 @@ class Config:
     """Port to listen at; 0 takes a free one."""
     api_key: tuple[str, ...] = ()
     """Keys of which clients must send one. The environment's ATHANOR_API_KEY (several with commas) is seen by fewer people."""
+    precision: Precision = "fp32"
+    """Of the matrix products: bf16 is faster, and on CPUs takes 2 bytes a weight more."""
+    guess: int = 0
+    """Tokens that are guessed to follow as they did earlier in a text, and checked together: changes speed, not answers."""
     max_batch: int = 64
     """Answers that are computed together at most."""
     max_queue: int = 256
@@ -58,10 +64,14 @@ def main(config: Config) -> None:
             raise ConfigError(f"{field} is {value}, but must be at least 1: raise it")
     if config.timeout is not None and not config.timeout > 0:
         raise ConfigError(f"timeout is {config.timeout:g}, but must be more than 0 seconds: raise it, or leave it out")
+    if config.guess < 0:
+        raise ConfigError(f"guess is {config.guess}, but must be 0 (nothing is guessed) or more")
     options = Options(config.max_queue, config.max_tokens, config.timeout, _keys(config), page.PUBLIC)
     with _listen(config.host, config.port) as listener, guard.access_to(config.access_log):
         lms = [athanor.load(path, config.checkpoint) for path in config.paths]
-        app = create_server([Served.of(lm, config.max_batch) for lm in lms], options)
+        guesser = NGram(config.guess) if config.guess else None
+        how = {"max_batch": config.max_batch, "precision": config.precision, "guesser": guesser}
+        app = create_server([Served.of(lm, **how) for lm in lms], options)
         page.install(app, page.run_of(lms[0].path))
         url = _url(listener)
         print(f"Serving {', '.join(repr(lm.name) for lm in lms)} at {url}/v1 (Ctrl-C stops), a page at {url}/. Try:\n")
@@ -130,9 +140,7 @@ def _listen(host: str, port: int) -> socket.socket:
         listener.listen(2048)
     except OSError as error:
         listener.close()
-        raise ConfigError(
-            f"cannot listen at host {host!r}, port {port}: {error}; choose others with --host and --port"
-        ) from error
+        raise ConfigError(f"cannot listen at host {host!r}, port {port}: {error}; choose others with --host & --port") from error
     return listener
 
 

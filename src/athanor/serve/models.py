@@ -6,7 +6,7 @@ import asyncio
 import time
 from collections.abc import Iterable
 from dataclasses import dataclass
-from typing import TYPE_CHECKING
+from typing import TYPE_CHECKING, Any
 
 from athanor.core.errors import ConfigError, RequestError, nearest
 from athanor.serve.metrics import Metrics
@@ -39,10 +39,13 @@ class Served:
     start: int | None = None
 
     @classmethod
-    def of(cls, lm: LM, max_batch: int = 64) -> Served:
-        """A model as `athanor.load` gives it, with an engine if it generates. Raises ConfigError where it has no tokenizer."""
+    def of(cls, lm: LM, **options: Any) -> Served:
+        """A model as `athanor.load` gives it, with an engine if it generates; `options` are of `LM.engine`.
+
+        Raises ConfigError where it has no tokenizer, or for options out of range.
+        """
         generates = lm.model.kind in ("decoder", "encoder_decoder") and lm.model.task == "lm"
-        engine = lm.engine(max_batch=max_batch) if generates else None
+        engine = lm.engine(**options) if generates else None
         start = len(lm.model.token_ids.start) if lm.model.kind == "encoder_decoder" else None
         return cls(lm.name, lm.tokenizer, engine, lm, start)
 

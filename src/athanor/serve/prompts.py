@@ -40,7 +40,7 @@ def of_chat(chat: ChatRequest, served: Served, default: int | None) -> Prepared:
     if chat.silent and served.think is not None:
         think = served.think[0]
         params = [replace(p, logit_bias=(*(b for b in p.logit_bias if b[0] != think), (think, _NEVER))) for p in params]
-    return _prepared("chatcmpl", zip(ids * chat.n, params, strict=True), cut, chat.priority)
+    return _prepared(served, "chatcmpl", zip(ids * chat.n, params, strict=True), cut, chat.priority)
 
 
 def _rendered(chat: ChatRequest, served: Served) -> list[int]:
@@ -61,14 +61,14 @@ def of_completion(asked: CompletionRequest, served: Served) -> Prepared:
         default = asked.limit if "max_tokens" in asked.model_fields_set else None
         limit = _limit(default, "max_tokens", len(ids), served, asked.limit, "prompt")
         pairs += [(ids, p) for p in asked.sampling(limit)]
-    return _prepared("cmpl", pairs, cut, asked.priority)
+    return _prepared(served, "cmpl", pairs, cut, asked.priority)
 
 
 def of_response(asked: ResponseRequest, served: Served, default: int | None, seed: int) -> Prepared:
     """As `of_chat`."""
     ids = render(served.tokenizer, asked.conversation(), generation_prompt=True).ids
     limit = _limit(asked.max_output_tokens, "max_output_tokens", len(ids), served, default, "input")
-    return _prepared("resp", [(ids, asked.sampling(limit, seed))], None, 0)
+    return _prepared(served, "resp", [(ids, asked.sampling(limit, seed))], None, 0)
 
 
 def tokens_of(asked: TokenizeRequest, served: Served) -> list[int]:
@@ -118,6 +118,11 @@ def _limit(asked: int | None, field: str, prompt: int, served: Served, default: 
     return asked
 
 
-def _prepared(kind: str, pairs: Iterable[tuple[list[int], SamplingParams]], cut: int | None, priority: int) -> Prepared:
+def _prepared(
+    served: Served, kind: str, pairs: Iterable[tuple[list[int], SamplingParams]], cut: int | None, priority: int
+) -> Prepared:
     answer_id = f"{kind}_{uuid.uuid4().hex}" if kind == "resp" else f"{kind}-{uuid.uuid4().hex}"
-    return Prepared(answer_id, [Request(f"{answer_id}-{i}", ids, p, priority) for i, (ids, p) in enumerate(pairs)], cut)
+    requests = [Request(f"{answer_id}-{i}", ids, p, priority) for i, (ids, p) in enumerate(pairs)]
+    if served.engine is not None and requests[0].params.structure is not None:
+        served.engine.prepare(requests[0].params)  # here, where nobody waits for it
+    return Prepared(answer_id, requests, cut)

@@ -345,7 +345,7 @@ class Reader:
 
 
 # How a form writes arguments: as models were taught to, with blanks only where they belong.
-_WRITTEN = {"lenient": False, "whitespace_flexible": False, "item_separator": ", ", "key_separator": ": "}
+_WRITTEN = {"whitespace_flexible": False, "item_separator": ", ", "key_separator": ": "}
 
 
 def _definition(i: int, function: Function) -> dict[str, Any]:

@@ -287,7 +287,8 @@ class Worker:
                 # Before the client hears of it: its next request must find the slot free.
                 del self._streams[chunk.request_id]
                 self._free(1)
-            if not stream.deliver(chunk):
+            wrong = None if chunk.completion is None else chunk.completion.error
+            if not stream.deliver(chunk if wrong is None else RequestError(wrong, "response_format")):
                 logger.warning("nobody is left to read the answer of %s", chunk.request_id)
                 self._drop(stream)
         if self._watch is not None:

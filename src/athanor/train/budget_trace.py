@@ -142,7 +142,7 @@ def rehearsing(fused: bool = False) -> Iterator[Rehearsal]:
 
     `fused`: attention of every length takes the fused kernel, as it does on GPUs.
     """
-    sdpa.causal_mask.cache_clear()
+    sdpa.forget_masks()
     explicit = sdpa._EXPLICIT_MAX
     try:
         sdpa._EXPLICIT_MAX = -1 if fused else explicit
@@ -152,7 +152,7 @@ def rehearsing(fused: bool = False) -> Iterator[Rehearsal]:
             yield live
     finally:
         sdpa._EXPLICIT_MAX = explicit
-        sdpa.causal_mask.cache_clear()
+        sdpa.forget_masks()
 
 
 def shadow(model: nn.Module, live: Live, convert: Callable[[Tensor], torch.dtype] | None = None) -> Any:
