@@ -26,6 +26,7 @@ from athanor.tokenizer import foreign
 from athanor.tokenizer.bpe import Tokenizer
 from athanor.tokenizer.chat import messages_from, render, template_hash
 from athanor.tokenizer.foreign import ForeignTokenizer
+from athanor.tokenizer.template import EARLIER
 from athanor.tokenizer.vocabulary import Vocabulary
 from athanor.types import Completion, Conversation, Request, SamplingParams
 
@@ -365,6 +366,8 @@ def load(
             )
         lineage = manifest["lineage"]
         now = _hashes(folder, tokenizer)
+        if lineage.get("template") in EARLIER and now["template"] is not None:
+            lineage = lineage | {"template": now["template"]}  # what it was trained on has the same ids
         changed = differences({k: lineage.get(k) for k in now}, now)
         if changed:
             raise CheckpointError(

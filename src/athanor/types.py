@@ -247,8 +247,8 @@ class Completion:
     top_logprobs     of each new token, where SamplingParams.logprobs asks for them
     prompt_logprobs  of each token of the prompt but the first, of which there is None
     cached           tokens of the prompt that were not computed, since another request had them
-    error            why it was aborted, where the form that was asked for led nowhere
     timing           None where nobody measured
+    error            why it was aborted, where the form that was asked for led nowhere
     """
 
     request_id: str
@@ -262,8 +262,8 @@ class Completion:
     top_logprobs: Sequence[TokenLogprob] | None = None
     prompt_logprobs: Sequence[TokenLogprob | None] | None = None
     cached: int = 0
-    error: str | None = None
     timing: Timing | None = field(default=None, compare=False)
+    error: str | None = None
 
 
 @dataclass(frozen=True, slots=True)

@@ -19,7 +19,7 @@ from athanor.infer.engine import Chunk, Stats
 from athanor.lm import LM
 from athanor.models import llama
 from athanor.tokenizer.bpe import Tokenizer
-from athanor.types import Completion, Request, Timing, TokenLogprob
+from athanor.types import Completion, Request, SamplingParams, Timing, TokenLogprob
 
 TEXT = "The quick brown fox jumps over the lazy dog and says 12 + 30 = 42. "
 
@@ -42,6 +42,7 @@ class FakeEngine:
         self.fail_add: list[Exception] = []
         self.gate = threading.Event()  # steps wait for it
         self.gate.set()
+        self.stepping = threading.Event()  # a step was begun
         self.counts = Stats()
         self.cached = 0
         self._thread: int | None = None
@@ -69,6 +70,9 @@ class FakeEngine:
         self.live[request.id] = (request, self.script(request), 0)
         self.counts.prompt_tokens += len(request.prompt_ids)
 
+    def prepare(self, params: SamplingParams) -> None:
+        self.prepared = params
+
     def abort(self, request_id: str) -> None:
         self._own()
         del self.live[request_id]
@@ -76,6 +80,7 @@ class FakeEngine:
 
     def step(self) -> list[Chunk]:
         self._own()
+        self.stepping.set()
         assert self.gate.wait(60)
         if self.fail:
             raise self.fail.pop(0)

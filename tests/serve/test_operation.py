@@ -228,7 +228,7 @@ def test_all_names_of_metrics(lm, running):
     """With a real engine: those of the dashboards, under our prefix."""
     with running(create_server([Served("tiny", lm.tokenizer, lm.engine())])) as served, served.client() as client:
         for _ in range(2):
-            client.chat.completions.create(model="tiny", messages=HELLO, max_tokens=5)
+            client.chat.completions.create(model="tiny", messages=HELLO, max_tokens=5, extra_body={"ignore_eos": True})
         found = samples(served.url)["tiny"]
     names = {key[0] for key in found}
     assert names >= {f"athanor:{name}" for name, *_ in GAUGES} | {f"athanor:{name}_total" for name, *_ in COUNTERS}

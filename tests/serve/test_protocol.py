@@ -165,7 +165,7 @@ def test_unknown_fields_are_named_with_the_nearest(fields, message):
         ("messages", [], "at least 1 item"),
         ("messages", "hello", "valid list"),
         ("messages[0]", ["hello"], ""),
-        ("messages[0].role", [{"role": "tool", "content": "a"}], "'system', 'developer', 'user' or 'assistant'"),
+        ("messages[0].role", [{"role": "tools", "content": "a"}], "'system', 'developer', 'user', 'assistant' or 'tool'"),
         ("messages[0].content", [{"role": "user"}], "is missing"),
         ("messages[0].content", [{"role": "assistant", "content": None}], "is missing"),
         ("messages[0].content", [{"role": "user", "content": 5}], "valid string"),

@@ -35,9 +35,7 @@ HELLO = [{"role": "user", "content": "hello"}]
 
 def model(tokenizer, name, seen):
     kind = SimpleNamespace(kind="decoder", task="lm", token_ids=SimpleNamespace(start=()))
-    return SimpleNamespace(
-        name=name, tokenizer=tokenizer, path=None, model=kind, engine=lambda max_batch: seen.update(max_batch=max_batch)
-    )
+    return SimpleNamespace(name=name, tokenizer=tokenizer, path=None, model=kind, engine=lambda **options: seen.update(options))
 
 
 def test_options_reach_what_they_are_for(tokenizer, monkeypatch, capsys, tmp_path):
@@ -54,9 +52,9 @@ def test_options_reach_what_they_are_for(tokenizer, monkeypatch, capsys, tmp_pat
     monkeypatch.setattr(serve._Server, "run", lambda self, sockets: seen.update(address=sockets[0].getsockname()))
     before = signal.getsignal(signal.SIGINT)
     paths = (Path("runs/first"), Path("runs/second"))
-    serve.main(serve.Config(paths, "rl", "localhost", 0, ("key",), 3, 4, 5, 6.0))
+    serve.main(serve.Config(paths, "rl", "localhost", 0, ("key",), 3, 4, 5, 6.0, None, "bf16", 7))
     assert seen["loaded"] == [(paths[0], "rl"), (paths[1], "rl")]
-    assert seen["max_batch"] == 3
+    assert (seen["max_batch"], seen["precision"], seen["guesser"].count) == (3, "bf16", 7)
     assert seen["options"] == Options(4, 5, 6.0, ("key",), page.PUBLIC)
     assert [served.name for served in seen["served"]] == ["first/rl", "second/rl"]
     assert "/" in {route.path for route in app.routes if isinstance(route, Route)}  # the page

@@ -22,6 +22,7 @@ from athanor.serve.body import Strict, read
 from athanor.serve.tools import MAX_CALLS, AssistantCall, NamedChoice, Offer, Said, ToolChoice, ToolSpec
 from athanor.tokenizer.bpe import Tokenizer
 from athanor.tokenizer.chat import messages_from, render
+from athanor.tokenizer.stream import StreamDecoder
 from athanor.tokenizer.template import ARGUMENTS, CALL, CONTROL_TOKENS, TOOL_DEFINITION
 from athanor.types import Completion, Message, Tool, ToolCall
 
@@ -144,7 +145,7 @@ def test_the_model_reads_of_the_tools(tokenizer: Tokenizer) -> None:
 
 
 def _follow(tokenizer: Tokenizer, made: Offer, seed: int) -> Completion:
-    """An answer of random logits that keeps to the form, with a fondness for its end."""
+    """An answer of random logits that keeps to the form, with a fondness for its end that grows."""
     structure = made.structure()
     assert structure is not None
     form = constrained.Constraint(constrained.compile(structure, tokenizer, tokenizer.vocab_size), {tokenizer.end_id})
@@ -152,6 +153,7 @@ def _follow(tokenizer: Tokenizer, made: Offer, seed: int) -> Completion:
     while not ids or ids[-1] != tokenizer.end_id:
         logits = torch.randn(tokenizer.vocab_size, generator=generator)
         logits[[tokenizer.end_id, tokenizer.control[CALL]]] += 1.5
+        logits[[tokenizer.end_id, *tokenizer.encode('"'), *tokenizer.encode("}")]] += len(ids) / 100
         ids.append(int(logits.masked_fill(~form.allowed(), -torch.inf).argmax()))
         form.advance(ids[-1])
         assert len(ids) < 2000
@@ -346,6 +348,12 @@ def test_any_answer_says_the_same_whole_and_streamed(
     at = data.draw(st.integers(0, len(ids)))
     ids = [*ids[:at], *bytes_, *ids[at:]]
     stop = data.draw(st.sampled_from([(), ("STOP",), ("}", "kw"), ("\n",)]))
+    decoder = StreamDecoder(tokenizer, stop)
+    for n, id in enumerate(ids, 1):
+        decoder.push(id)
+        if decoder.stopped_by is not None:  # the engine goes no further
+            ids = ids[:n]
+            break
     made, done = offer(WEATHER, CLOCK), _completion(ids)
     said = made.read(tokenizer, done, stop)
     streamed = _stream(made, tokenizer, done, data.draw(st.integers(1, 9)), stop)[0]

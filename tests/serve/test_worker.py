@@ -271,7 +271,8 @@ def test_a_deadline_counts_while_a_request_waits_to_be_taken(fake):
     engine.gate.clear()
 
     async def scenario(worker):
-        first = await worker.submit([request("first")])  # the thread is now held in a step
+        first = await worker.submit([request("first")])
+        assert await asyncio.to_thread(engine.stepping.wait, 60)  # the thread is now held in a step
         with pytest.raises(DeadlineError):
             await worker.submit([request("second")], 0.05)
         engine.gate.set()

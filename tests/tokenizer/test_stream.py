@@ -27,7 +27,7 @@ def run(tokenizer: Tokenizer, ids: list[int], stop: tuple[str, ...], every: int 
         read.append(token)
         if i % every == 0:
             pieces.append(decoder.take())
-        if decoder.stopped:
+        if decoder.stopped_by:
             break
     pieces.append(decoder.finish())
     return "".join(p[0] for p in pieces), "".join(p[1] for p in pieces), read, [p[0] for p in pieces]
@@ -62,16 +62,17 @@ def test_cut_is_what_reading_character_by_character_gives(text: str, stop: tuple
     for end in range(len(text) + 1):
         ended = [s for s in stop if text[:end].endswith(s)]
         if ended:
-            assert cut(text, stop) == (text[: end - max(map(len, ended))], True)
+            longest = max(ended, key=len)
+            assert cut(text, stop) == (text[: end - len(longest)], longest)
             return
-    assert cut(text, stop) == (text, False)
+    assert cut(text, stop) == (text, None)
 
 
 def test_cut_is_before_the_stop_text_that_is_complete_first() -> None:
-    assert cut("abcd", ("abcd", "c")) == ("ab", True)
-    assert cut("abcd", ("cd", "abcd", "d")) == ("", True)
-    assert cut("abcabc", ("bc",)) == ("a", True)
-    assert cut("abc", ()) == cut("abc", ("x", "abcd")) == ("abc", False)
+    assert cut("abcd", ("abcd", "c")) == ("ab", "c")
+    assert cut("abcd", ("cd", "abcd", "d")) == ("", "abcd")
+    assert cut("abcabc", ("bc",)) == ("a", "bc")
+    assert cut("abc", ()) == cut("abc", ("x", "abcd")) == ("abc", None)
 
 
 def test_half_a_character_is_held_back(tokenizer: Tokenizer) -> None:
@@ -95,7 +96,7 @@ def test_what_may_begin_a_stop_text_is_held_back(tokenizer: Tokenizer) -> None:
             decoder.push(token)
         seen.append(decoder.take()[0])
     assert seen == ["a ", "STx ", "", "ST", "\nb", ""]
-    assert not decoder.stopped
+    assert not decoder.stopped_by
     assert decoder.finish() == ("STO", "")
 
 
@@ -103,7 +104,7 @@ def test_a_stop_text_ends_the_answer(tokenizer: Tokenizer) -> None:
     decoder = StreamDecoder(tokenizer, ("STOP",))
     for token in tokenizer.encode("fine STOP and more"):
         decoder.push(token)
-    assert decoder.stopped
+    assert decoder.stopped_by == "STOP"
     assert decoder.take() == ("fine ", "")
     decoder.push(tokenizer.encode("x")[0])
     assert decoder.finish() == ("", "")
@@ -114,7 +115,7 @@ def test_stop_texts_count_in_content_only(tokenizer: Tokenizer) -> None:
     decoder = StreamDecoder(t, ("STOP",))
     for token in [t.think_id, *t.encode("STOP it"), t.end_think_id, *t.encode("yes")]:
         decoder.push(token)
-    assert not decoder.stopped
+    assert not decoder.stopped_by
     assert decoder.take() == ("yes", "STOP it")
 
 
@@ -124,7 +125,7 @@ def test_control_tokens_are_no_text_and_end_ends(tokenizer: Tokenizer) -> None:
     for token in [t.user_id, *t.encode("a"), t.end_id, *t.encode("b")]:
         decoder.push(token)
     assert decoder.finish() == ("a", "")
-    assert not decoder.stopped
+    assert not decoder.stopped_by
 
 
 def test_text_of_control_tokens_streams_as_text(tokenizer: Tokenizer) -> None:

@@ -12,10 +12,12 @@ from hypothesis import assume, given, settings
 from hypothesis import strategies as st
 from transformers import AutoTokenizer
 
-from athanor.core.errors import RequestError
-from athanor.tokenizer.bpe import Tokenizer
+from athanor.core.errors import CheckpointError, RequestError, TokenizerError
+from athanor.lm import LM, MANIFEST, load
+from athanor.models import llama
+from athanor.tokenizer.bpe import CONFIG_FILE, Tokenizer
 from athanor.tokenizer.chat import messages_from, render, tools_from
-from athanor.tokenizer.template import CONTROL_TOKENS, TOOLS_TEMPLATE
+from athanor.tokenizer.template import CONTROL_TOKENS, EARLIER, TEMPLATE, template_hash
 
 # What checkpoints had before there were tools.
 WITHOUT_TOOLS = (
@@ -36,7 +38,7 @@ def theirs(tokenizer: Tokenizer, tmp_path_factory: pytest.TempPathFactory) -> An
     return AutoTokenizer.from_pretrained(folder)
 
 
-def _theirs(theirs: Any, conversation: Any, prompt: bool = False, template: str = TOOLS_TEMPLATE, **more: Any) -> Any:
+def _theirs(theirs: Any, conversation: Any, prompt: bool = False, template: str = TEMPLATE, **more: Any) -> Any:
     return theirs.apply_chat_template(
         conversation,
         chat_template=template,
@@ -168,13 +170,31 @@ _OLD = st.lists(
 
 @given(conversation=_OLD, prompt=st.booleans())
 def test_conversations_without_tools_are_as_they_were(tokenizer: Tokenizer, theirs: Any, conversation: Any, prompt: bool) -> None:
-    before, now = (_theirs(theirs, conversation, prompt, template) for template in (WITHOUT_TOOLS, TOOLS_TEMPLATE))
+    before, now = (_theirs(theirs, conversation, prompt, template) for template in (WITHOUT_TOOLS, TEMPLATE))
     assert before["input_ids"] == now["input_ids"] == render(tokenizer, conversation, generation_prompt=prompt).ids
     assert before["assistant_masks"] == now["assistant_masks"]
 
 
-def test_the_template_before_is_that_of_the_checkpoints() -> None:
-    assert hashlib.sha256(WITHOUT_TOOLS.encode()).hexdigest().startswith("9379ea0a3797ccf6")
+def test_models_with_the_template_before_are_at_home_here(tokenizer: Tokenizer, tmp_path: Path) -> None:
+    shape = {"d_model": 16, "n_layers": 1, "n_heads": 2, "n_kv_heads": 1, "d_ff": 16, "max_positions": 32, "tied": True}
+    lm = LM(llama.Model(llama.Config(vocab_size=tokenizer.vocab_size, **shape)), tokenizer)  # type: ignore[arg-type]
+    before = hashlib.sha256(WITHOUT_TOOLS.encode()).hexdigest()
+    assert {before} == EARLIER and before != template_hash()
+    lm.save(tmp_path)
+    config, manifest = tmp_path / CONFIG_FILE, tmp_path / MANIFEST
+    saved = json.loads(config.read_text()), json.loads(manifest.read_text())
+    assert saved[0]["chat_template"] == TEMPLATE and saved[1]["lineage"]["template"] == template_hash()
+    config.write_text(json.dumps(saved[0] | {"chat_template": WITHOUT_TOOLS}))
+    manifest.write_text(json.dumps(saved[1] | {"lineage": saved[1]["lineage"] | {"template": before}}))
+    load(tmp_path).save(tmp_path / "anew")
+    assert Tokenizer.load(tmp_path / "anew").hash == tokenizer.hash
+    assert json.loads((tmp_path / "anew" / MANIFEST).read_text())["lineage"]["template"] == template_hash()
+    manifest.write_text(json.dumps(saved[1] | {"lineage": saved[1]["lineage"] | {"template": "0" * 64}}))
+    with pytest.raises(CheckpointError, match="template differ"):
+        load(tmp_path)
+    config.write_text(json.dumps(saved[0] | {"chat_template": WITHOUT_TOOLS + " "}))
+    with pytest.raises(TokenizerError, match="chat template mismatch"):
+        load(tmp_path)
 
 
 @pytest.mark.parametrize(

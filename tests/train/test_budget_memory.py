@@ -122,7 +122,7 @@ def test_fused_attention_keeps_no_scores():
 
 
 def test_adapters_are_small_and_frozen_layers_can_be():
-    full, lora, qlora = need(precision="bf16"), need(precision="bf16", tune="lora"), need(precision="bf16", tune="qlora")
+    lora, qlora = need(precision="bf16", tune="lora"), need(precision="bf16", tune="qlora")
     weights = [m.weight for m in linears(skeleton()).values()]
     assert lora.trainable == qlora.trainable == sum(16 * sum(w.shape) for w in weights)
     assert need(tune="lora", rank=4).trainable * 4 == lora.trainable

@@ -119,6 +119,8 @@ class Sequence:
         if self.finish_reason:
             rest = self.decoder.finish()
             content, reasoning = content + rest[0], reasoning + rest[1]
+            if self.decoder.stopped_by is not None and self.finish_reason == "length":  # in what was held back
+                self.finish_reason, self.stop_reason = "stop", self.decoder.stopped_by
         self.content += content
         self.reasoning += reasoning
         return content, reasoning

@@ -41,10 +41,6 @@ class Config:
     """Port to listen at; 0 takes a free one."""
     api_key: tuple[str, ...] = ()
     """Keys of which clients must send one. The environment's ATHANOR_API_KEY (several with commas) is seen by fewer people."""
-    precision: Precision = "fp32"
-    """Of the matrix products: bf16 is faster, and on CPUs takes 2 bytes a weight more."""
-    guess: int = 0
-    """Tokens that are guessed to follow as they did earlier in a text, and checked together: changes speed, not answers."""
     max_batch: int = 64
     """Answers that are computed together at most."""
     max_queue: int = 256
@@ -55,6 +51,10 @@ class Config:
     """Seconds that an answer may take, waiting included, before it is given up (504)."""
     access_log: Path | None = None
     """File to which every request is written as a line of JSON, without its texts."""
+    precision: Precision = "fp32"
+    """Of the matrix products: bf16 is faster, and on CPUs takes 2 bytes a weight more."""
+    guess: int = 0
+    """Tokens that are guessed to follow as they did earlier in a text, and checked together: changes speed, not answers."""
 
 
 def main(config: Config) -> None:

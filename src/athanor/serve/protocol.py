@@ -4,8 +4,8 @@ from __future__ import annotations
 
 import json
 import time
-from collections.abc import Iterator, Sequence
-from typing import TYPE_CHECKING, Annotated, ClassVar, Literal
+from collections.abc import Iterator, Mapping, Sequence
+from typing import TYPE_CHECKING, Annotated, Any, ClassVar, Literal
 
 from pydantic import Discriminator, Field, Tag
 from typing_extensions import NotRequired, TypedDict
@@ -15,8 +15,11 @@ from athanor.serve.body import Fields, Strict, read, show
 from athanor.serve.events import Event, data
 from athanor.serve.sampling import MAX_LOGPROBS, Sampling, text_or_list
 from athanor.serve.shapes import ChatLogprobs, ErrorBody, Json, PromptLogprobs, Teller, Usage, usage, usage_of
+from athanor.serve.tools import MAX_CALLS, MAX_TOOLS, AssistantCall, CallBody, News, Offer, Said, ToolChoice, ToolSpec
+from athanor.tokenizer.chat import ours
+from athanor.tokenizer.template import CALL
 from athanor.tokenizer.vocabulary import Vocabulary
-from athanor.types import Completion
+from athanor.types import Completion, Structure
 
 if TYPE_CHECKING:
     from athanor.infer.engine import Chunk
@@ -37,20 +40,26 @@ class ChatMessage(Strict):
         "function_call": (),
         "name": (),
         "refusal": (),
-        "tool_call_id": (),
-        "tool_calls": ([],),
     }
 
-    role: Literal["system", "developer", "user", "assistant"]
-    content: Annotated[Annotated[str, Tag("<text>")] | Annotated[list[TextPart], Tag("<list>")], Discriminator(text_or_list)]
+    role: Literal["system", "developer", "user", "assistant", "tool"]
+    content: (
+        Annotated[Annotated[str, Tag("<text>")] | Annotated[list[TextPart], Tag("<list>")], Discriminator(text_or_list)] | None
+    ) = None
     reasoning_content: str | None = None
     reasoning: str | None = None
+    tool_calls: list[AssistantCall] | None = Field(None, max_length=MAX_CALLS)
+    tool_call_id: str | None = None
 
-    def plain(self) -> dict[str, str | None]:
+    def plain(self) -> dict[str, Any]:
         """What the renderer takes; parts are joined with nothing between, `developer` is the newer name of `system`."""
-        text = self.content if isinstance(self.content, str) else "".join(part.text for part in self.content)
+        given = [] if self.content is None else self.content
+        text = given if isinstance(given, str) else "".join(part.text for part in given)
         role = "system" if self.role == "developer" else self.role
-        return {"role": role, "content": text, "reasoning": self.reasoning, "reasoning_content": self.reasoning_content}
+        told = {"role": role, "content": text, "reasoning": self.reasoning, "reasoning_content": self.reasoning_content}
+        calls = [call.plain() for call in self.tool_calls or ()]
+        named = {"tool_calls": calls, "tool_call_id": self.tool_call_id}
+        return {**told, **{field: value for field, value in named.items() if value}}
 
 
 class ChatRequest(Sampling):
@@ -65,12 +74,9 @@ class ChatRequest(Sampling):
         "functions": ([],),
         "modalities": (["text"],),
         "moderation": (),
-        "parallel_tool_calls": (True,),
         "prediction": (),
         "service_tier": ("auto", "default"),
         "store": (False,),
-        "tool_choice": ("none", "auto"),
-        "tools": ([],),
         "verbosity": ("medium",),
         "web_search_options": (),
     }
@@ -83,6 +89,9 @@ class ChatRequest(Sampling):
     add_generation_prompt: bool | None = None
     continue_final_message: bool = False
     reasoning_effort: str | None = Field(None, json_schema_extra={"enum": ["none", None]})
+    tools: list[ToolSpec] = Field(default_factory=list, max_length=MAX_TOOLS)
+    tool_choice: ToolChoice | None = None
+    parallel_tool_calls: bool | None = None
 
     @property
     def limit_field(self) -> str:
@@ -108,12 +117,32 @@ class ChatRequest(Sampling):
         """Whether the answer may have no reasoning."""
         return self.reasoning_effort == "none"
 
-    def conversation(self) -> list[dict[str, str | None]]:
-        """The messages for `tokenizer.chat.render`."""
-        return [message.plain() for message in self.messages]
+    @property
+    def offer(self) -> Offer:
+        """The tools that the answer may call. Raises RequestError where the fields do not fit together."""
+        return Offer.of(self.tools, self.tool_choice, self.parallel_tool_calls)
+
+    def structure(self) -> Structure | None:
+        asked, calls = super().structure(), self.offer.structure()
+        if asked is not None and calls is not None:
+            raise RequestError(
+                "'tools' with a forced call, a strict function or no parallel calls say what form the answer has, and so does"
+                " 'response_format' or 'structured_outputs': send one",
+                "tools",
+            )
+        return asked or calls
+
+    def conversation(self) -> list[Mapping[str, Any]]:
+        """The messages for `tokenizer.chat.render`, with the tools."""
+        return self.offer.told([message.plain() for message in self.messages])
 
     def check(self) -> None:
         super().check()
+        for i, message in enumerate(self.messages):
+            if message.content is None and not message.tool_calls:
+                raise RequestError(
+                    f"'messages[{i}].content' is missing: it is required beside no tool calls", f"messages[{i}].content"
+                )
         if self.max_tokens is not None and self.max_completion_tokens not in (None, self.max_tokens):
             raise RequestError(
                 f"'max_tokens' ({show(self.max_tokens)}) and 'max_completion_tokens' ({show(self.max_completion_tokens)})"
@@ -150,10 +179,11 @@ def parse_chat(body: bytes) -> ChatRequest:
 
 class AnswerMessage(TypedDict):
     role: str
-    content: str
+    content: str | None
     refusal: None
     reasoning_content: NotRequired[str]
     reasoning: NotRequired[str]
+    tool_calls: NotRequired[list[CallBody]]
 
 
 class Choice(TypedDict):
@@ -186,7 +216,8 @@ class Answer:
 
     def __init__(self, answer_id: str, chat: ChatRequest, tokenizer: Vocabulary, truncated: int | None = None) -> None:
         self._id, self._created, self._chat, self._truncated = answer_id, int(time.time()), chat, truncated
-        self._teller = Teller(tokenizer)
+        self._teller, self._tokenizer, self._offer = Teller(tokenizer), tokenizer, chat.offer
+        self._readers = [self._offer.reader(tokenizer, chat.stops) for _ in range(chat.n)] if self._offer.tools else []
         self._new = [0] * chat.n  # tokens of each choice so far
 
     def whole(self, completions: Sequence[Completion]) -> ChatAnswer:
@@ -206,15 +237,38 @@ class Answer:
             answer["prompt_token_ids"] = list(first.prompt_ids)
         return answer
 
+    def _said(self, c: Completion) -> Said:
+        """What an answer says. A call that nothing was offered for is text, which the engine leaves out of the content."""
+        if self._offer.tools:
+            return self._offer.read(self._tokenizer, c, self._chat.stops)
+        text = c.text
+        if ours(self._tokenizer).control[CALL] in c.ids:
+            whole = self._offer.read(self._tokenizer, c, self._chat.stops).content
+            text = whole if whole.startswith(text) else text
+        return Said(text, c.reasoning, (), c.finish_reason)
+
+    def _news(self, index: int, chunk: Chunk) -> News:
+        """What is new of a choice."""
+        if self._readers:
+            return self._readers[index].read(chunk)
+        if chunk.completion is None:
+            return News(chunk.content, chunk.reasoning)
+        rest = self._said(chunk.completion).content[len(chunk.completion.text) :]
+        return News(chunk.content + rest, chunk.reasoning, (), chunk.completion.finish_reason)
+
     def _choice(self, index: int, c: Completion) -> Choice:
-        message: AnswerMessage = {"role": "assistant", "content": c.text, "refusal": None}
-        if c.reasoning is not None:  # under both names that clients look for
-            message["reasoning_content"] = message["reasoning"] = c.reasoning
+        said = self._said(c)
+        message: AnswerMessage = {"role": "assistant", "content": said.content, "refusal": None}
+        if said.calls:
+            message["tool_calls"] = list(said.calls)
+            message["content"] = said.content or None
+        if said.reasoning is not None:  # under both names that clients look for
+            message["reasoning_content"] = message["reasoning"] = said.reasoning
         choice: Choice = {
             "index": index,
             "message": message,
             "logprobs": self._teller.chat(c.top_logprobs) if self._chat.logprobs and c.top_logprobs is not None else None,
-            "finish_reason": c.finish_reason,
+            "finish_reason": said.finish_reason,
             "stop_reason": c.stop_reason,
         }
         if self._chat.return_token_ids:
@@ -230,16 +284,19 @@ class Answer:
     def chunk(self, index: int, chunk: Chunk, prompt: int) -> Iterator[Event]:
         """The events of what is new of a choice; the last of them has its finish_reason."""
         self._new[index] += len(chunk.ids)
-        delta = {"content": chunk.content} if chunk.content else {}
-        if chunk.reasoning:
-            delta |= {"reasoning_content": chunk.reasoning, "reasoning": chunk.reasoning}
+        news = self._news(index, chunk)
+        delta: dict[str, Any] = {"content": news.content} if news.content else {}
+        if news.reasoning:
+            delta |= {"reasoning_content": news.reasoning, "reasoning": news.reasoning}
         told = self._teller.chat(chunk.logprobs) if self._chat.logprobs and chunk.logprobs else None
         ids = {"token_ids": list(chunk.ids)} if self._chat.return_token_ids and chunk.ids else {}
         if delta or told or ids:
             yield self._event(index, delta, prompt, {"logprobs": told, **ids})
+        for call in news.calls:
+            yield self._event(index, {"tool_calls": [call]}, prompt)
         if chunk.completion is not None:
             self._new[index] = len(chunk.completion.ids)
-            end = {"finish_reason": chunk.completion.finish_reason, "stop_reason": chunk.completion.stop_reason}
+            end = {"finish_reason": news.finish_reason, "stop_reason": chunk.completion.stop_reason}
             yield self._event(index, {}, prompt, end)
 
     def ending(self, completions: Sequence[Completion]) -> Iterator[Event]:
@@ -256,7 +313,9 @@ class Answer:
     def _head(self) -> Json:
         return {"id": self._id, "created": self._created, "model": self._chat.model, "object": "chat.completion.chunk"}
 
-    def _event(self, index: int, delta: dict[str, str], prompt: int, more: Json | None = None, top: Json | None = None) -> Event:
+    def _event(
+        self, index: int, delta: Mapping[str, Any], prompt: int, more: Json | None = None, top: Json | None = None
+    ) -> Event:
         choice = {"index": index, "delta": delta, "logprobs": None, "finish_reason": None, **(more or {})}
         body = {**self._head(), "choices": [choice], **(top or {})}
         if self._chat.usage_in_every_event:

@@ -202,6 +202,11 @@ class Sampling(Strict):
                         f"'{field}' does not go with a form of the answer, which says alone what may come: leave one out", field
                     )
 
+    @property
+    def stops(self) -> tuple[str, ...]:
+        """The stop texts."""
+        return (self.stop,) if isinstance(self.stop, str) else tuple(self.stop)
+
     def structure(self) -> Structure | None:
         """The form that the answer must have. Raises RequestError for more than one."""
         asked = self.response_format if self.response_format and self.response_format.type != "text" else None
@@ -232,7 +237,7 @@ class Sampling(Strict):
                 top_p=self.top_p,
                 top_k=self.top_k,
                 max_tokens=max_tokens,
-                stop=(self.stop,) if isinstance(self.stop, str) else tuple(self.stop),
+                stop=self.stops,
                 seed=(seed + i) % 2**63,
                 min_p=self.min_p,
                 repetition_penalty=self.repetition_penalty,

@@ -29,6 +29,7 @@ from athanor.tokenizer.template import (
     TEMPLATE,
     THINK,
     USER,
+    renders_alike,
     template_hash,
 )
 
@@ -159,7 +160,7 @@ class Tokenizer:
         path = folder / TOKENIZER_FILE
         config = io.read_json(folder / CONFIG_FILE)
         stored = config.get("chat_template") if isinstance(config, dict) else None
-        if stored != TEMPLATE:
+        if not renders_alike(stored):
             other = hashlib.sha256(stored.encode()).hexdigest()[:16] if isinstance(stored, str) else "none"
             raise TokenizerError(
                 f"chat template mismatch: {folder / CONFIG_FILE} has template {other}, this version renders"

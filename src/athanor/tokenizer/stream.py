@@ -9,6 +9,8 @@ from __future__ import annotations
 from collections.abc import Sequence
 
 from athanor.core.errors import RequestError
+from athanor.tokenizer.bpe import Tokenizer
+from athanor.tokenizer.template import ARGUMENTS, CALL
 from athanor.tokenizer.vocabulary import Vocabulary
 
 
@@ -23,6 +25,8 @@ def cut(text: str, stop: Sequence[str]) -> tuple[str, str | None]:
 
 class StreamDecoder:
     """Turns the tokens of one answer into content and reasoning as they come, without ever taking a character back.
+
+    Calls of tools are neither, as `chat.parse` has it.
 
     Raises RequestError (param "stop") when a stop text is empty.
 
@@ -40,6 +44,10 @@ class StreamDecoder:
         self._longest = max(map(len, self._stop), default=0)
         self._ended = False
         self._thinking = False
+        control = tokenizer.control if isinstance(tokenizer, Tokenizer) else {}
+        self._call_id, self._arguments_id = control.get(CALL), control.get(ARGUMENTS)
+        self._name: list[int] | None = None  # of a call, until its arguments make it one
+        self._calling = False
         self._of_content, self._of_reasoning = tokenizer.pieces(before), tokenizer.pieces(())
         self._content = ""
         self._reasoning = ""
@@ -49,6 +57,7 @@ class StreamDecoder:
         if self.stopped_by is not None or self._ended:
             return
         if id == self._tokenizer.end_id:
+            self._release_name()
             self._ended = True
         elif id == self._tokenizer.think_id:
             self._thinking = True
@@ -56,7 +65,16 @@ class StreamDecoder:
             self._thinking = False
         elif self._thinking:
             self._reasoning += self._of_reasoning.push(id)
-        else:
+        elif id == self._call_id:
+            self._release_name()
+            self._name, self._calling = [], False
+        elif id == self._arguments_id:
+            if self._name is not None:
+                self._calling, self._name = bool(self._name), None
+        elif self._name is not None:
+            if self._tokenizer.decode([id]):
+                self._name.append(id)
+        elif not self._calling:
             self._add_content(self._of_content.push(id))
 
     def take(self) -> tuple[str, str]:
@@ -68,12 +86,20 @@ class StreamDecoder:
 
     def finish(self) -> tuple[str, str]:
         """The rest, when no more tokens come: what was held back is given out, half characters as U+FFFD."""
+        self._release_name()
         if self.stopped_by is None:
             self._add_content(self._of_content.finish())
         self._reasoning += self._of_reasoning.finish()
         content, self._content = self._content, ""
         reasoning, self._reasoning = self._reasoning, ""
         return content, reasoning
+
+    def _release_name(self) -> None:
+        """What began as a call and was none is content."""
+        for id in self._name or ():
+            if self.stopped_by is None:
+                self._add_content(self._of_content.push(id))
+        self._name = None
 
     def _add_content(self, new: str) -> None:
         # What was taken cannot be part of a stop text, and what was searched before holds none.

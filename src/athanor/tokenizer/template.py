@@ -1,7 +1,8 @@
 """What a conversation looks like as text: the control tokens and the chat template around them.
 
-One message is `<|role|>` content `<|end|>`; a conversation is `<|bos|>` and its messages; an assistant's reasoning stands
-between `<think>` and `</think>` in front of its content. `chat.render` builds the same sequence from ids, never from text.
+One message is `<|role|>` content `<|end|>`; a conversation is `<|bos|>` and its messages. In an assistant's message reasoning
+stands between `<think>` and `</think>` in front of the content, and calls of tools after it; in a system message the tools do.
+`chat.render` builds the same sequence from ids, never from text.
 """
 
 from __future__ import annotations
@@ -22,27 +23,6 @@ CONTROL_TOKENS: tuple[str, ...] = (
 TOOL, TOOL_DEFINITION, CALL, ARGUMENTS = "<|tool|>", "<|reserved_0|>", "<|reserved_1|>", "<|reserved_2|>"
 
 TEMPLATE = (
-    "{{- '<|bos|>' -}}"
-    "{%- for message in messages -%}"
-    "{%- if message['role'] == 'assistant' -%}"
-    "{{- '<|assistant|>' -}}"
-    "{%- generation -%}"
-    "{%- if message['reasoning_content'] is defined and message['reasoning_content'] is not none -%}"
-    "{{- '<think>' + message['reasoning_content'] + '</think>' -}}"
-    "{%- endif -%}"
-    "{{- message['content'] + '<|end|>' -}}"
-    "{%- endgeneration -%}"
-    "{%- elif message['role'] in ['system', 'user'] -%}"
-    "{{- '<|' + message['role'] + '|>' + message['content'] + '<|end|>' -}}"
-    "{%- else -%}"
-    "{{- raise_exception('unknown role ' + message['role'] + ': use system, user or assistant') -}}"
-    "{%- endif -%}"
-    "{%- endfor -%}"
-    "{%- if add_generation_prompt -%}{{- '<|assistant|>' -}}{%- endif -%}"
-)
-"""The template as Hugging Face's Jinja dialect, for other people's software; `{% generation %}` marks what is learned."""
-
-TOOLS_TEMPLATE = (
     "{%- macro defined(tools) -%}"
     "{%- for tool in tools -%}"
     "{%- set f = tool['function'] if tool['function'] is defined else tool -%}"
@@ -109,8 +89,18 @@ TOOLS_TEMPLATE = (
     "{%- if last.results -%}{{- answered(last.results, last.calls) -}}{%- endif -%}"
     "{%- if add_generation_prompt -%}{{- '<|assistant|>' -}}{%- endif -%}"
 )
+"""The template as Hugging Face's Jinja dialect, for other people's software; `{% generation %}` marks what is learned."""
+
+# Templates before this one that render each conversation they know to the same ids, so that models which were trained with
+# them are at home here: the one that knew no tools.
+EARLIER = frozenset({"9379ea0a3797ccf69485ffff9119ee60be1386593534372bf34f5fd0d67980e1"})
 
 
 def template_hash() -> str:
     """SHA-256 of TEMPLATE (hex), stored in every checkpoint."""
     return hashlib.sha256(TEMPLATE.encode()).hexdigest()
+
+
+def renders_alike(template: object) -> bool:
+    """Whether a saved template is TEMPLATE, or an earlier one whose conversations have the same ids."""
+    return isinstance(template, str) and (template == TEMPLATE or hashlib.sha256(template.encode()).hexdigest() in EARLIER)
