@@ -45,6 +45,8 @@ NF4 = 0.5 + 0.127 / 8
 # Of a process on a CPU beside its tensors, measured (bench/memory.py): what kernels and the allocator keep however small a model
 # is, and holes in glibc's heap as large as the short-lived tensors of a block: bytes for each of tokens x width.
 SCRATCH, HOLES = 60_000_000, 155
+# Under fsdp weights and gradients that stand outside of blocks are fetched, copied and given back whole; measured too.
+FETCHED = 3
 
 
 def resident(tensors: int, tokens: int, width: int, held: int = 0) -> int:
@@ -53,7 +55,8 @@ def resident(tensors: int, tokens: int, width: int, held: int = 0) -> int:
     Args:
         tensors: bytes of these at the peak.
         tokens, width: of a micro-batch, and of the model.
-        held: gradients that stay between micro-batches; new ones are formed beside them, which leaves holes of that size.
+        held: gradients that stay between micro-batches; new ones are formed beside them, which leaves holes of that size. And
+            what fsdp fetches and gives back.
     """
     return tensors + SCRATCH + HOLES * tokens * width + held
 
@@ -160,6 +163,8 @@ def predict(model: LanguageModel, setup: Setup, objective: Objective | None = No
     peak = sum(parts.values())
     tokens = setup.rows * setup.context
     held = parts["gradients"] if setup.micro > 1 else 0
+    if setup.layout.fsdp > 1:
+        held += FETCHED * 4 * _outside(model)
     return Need(parts, peak, resident(peak, tokens, model.config.d_model, held), trained, 8 * tokens * model.config.vocab_size)
 
 
@@ -280,6 +285,12 @@ def linears(model: nn.Module) -> dict[str, nn.Linear]:
     }
 
 
+def _outside(model: LanguageModel) -> int:
+    """Parameters outside of lists of layers."""
+    inside = {id(p): p for layers in model.modules() if isinstance(layers, nn.ModuleList) for p in layers.parameters()}
+    return model.n_parameters() - sum(p.numel() for p in inside.values())
+
+
 def divided(blocks: Sequence[Block], model: LanguageModel, setup: Setup) -> dict[str, int]:
     """Bytes of the parts on the fullest process of a layout.
 
@@ -293,9 +304,8 @@ def divided(blocks: Sequence[Block], model: LanguageModel, setup: Setup) -> dict
     with zero 2 all. Copies (ddp) sum gradients in buckets of 32 MiB.
     """
     layout = setup.layout
-    inside = {id(p): p for layers in model.modules() if isinstance(layers, nn.ModuleList) for p in layers.parameters()}
-    within, total = sum(p.numel() for p in inside.values()), model.n_parameters()
-    outside = total - within
+    outside, total = _outside(model), model.n_parameters()
+    within = total - outside
     ends = 2 if getattr(model, "head", None) is not None else 1
     held = within / layout.tp / layout.pp + outside / (ends if layout.pp > 1 else 1)  # first and last stage hold an end each
     shared = held / total / layout.fsdp
