@@ -40,7 +40,7 @@ MODELS, MODELS_ZH = ROOT / "docs" / "models.md", ROOT / "docs" / "models.zh-CN.m
 DOCS = ROOT / "docs"
 PAIRS = [
     (README, README_ZH), (LIFE, LIFE_ZH), (MODELS, MODELS_ZH),
-    *((DOCS / f"{name}.md", DOCS / f"{name}.zh-CN.md") for name in ("training", "support")),
+    *((DOCS / f"{name}.md", DOCS / f"{name}.zh-CN.md") for name in ("training", "support", "serving")),
 ]  # fmt: skip
 # Decisions and the log are records: what they name may be gone, but their links must work.
 RECORDS = [ROOT / "docs" / "log.md", *sorted((ROOT / "docs" / "adr").glob("*.md"))]
@@ -205,7 +205,7 @@ def test_the_report_shown_fits_the_schema(page):
 # Two languages.
 
 
-@pytest.mark.parametrize(("page", "other"), PAIRS, ids=["README", "life", "models", "training", "support"])
+@pytest.mark.parametrize(("page", "other"), PAIRS, ids=["README", "life", "models", "training", "support", "serving"])
 def test_both_languages_have_the_same_sections_code_and_tables(page, other):
     assert [level for level, _ in headings(page)] == [level for level, _ in headings(other)]
     assert blocks(page) == blocks(other)

@@ -14,7 +14,7 @@ from athanor.nn.norms import compute_dtype
 _CHUNK_ELEMENTS = 1 << 22  # logits in flight: 16 MiB of float32, small enough to stay near the cache
 
 
-_SPAN = 4  # chunks whose gradients make one product with the hidden states: each is added to all of a large matrix
+_SPAN = 3  # chunks whose gradients make one product with the hidden states: each is added to all of a large matrix
 _LEVEL, _FINE = 256, 64  # rows of a bfloat16 product are filled up to a multiple of this (of _FINE where they are few)
 
 
