@@ -1,4 +1,4 @@
-"""Generation beside transformers (and llama.cpp), on the CPU: `python bench/infer.py --help`.
+"""Generation beside transformers, on the CPU: `python bench/infer.py --help`.
 
 single  one request: a prompt of 128 tokens and 128 new ones, greedy
 mixed   64 requests, prompts and answers of 32..256 tokens: the engine beside static batches and `generate_batch` of transformers
@@ -23,7 +23,7 @@ from typing import Any
 
 import torch
 from inference.requests import Mix
-from inference.sides import Ours, Static, Theirs, continuous, llama_cpp, models
+from inference.sides import Ours, Static, Theirs, continuous, models
 from training.rounds import ratio
 
 from athanor.core import io
@@ -53,18 +53,17 @@ def single(sides: dict[str, Any], rounds: int, prompt: int, new: int) -> dict[st
     ids = Mix(1, 0).ids(prompt, sides["ours"].vocab_size)
     contenders = {f"athanor {kind}": lambda side=side: side.single(ids, new) for kind, side in sides["kinds"].items()}
     contenders["transformers bf16"] = lambda: sides["theirs"].single(ids, new)
-    contenders |= {name: (lambda run=run: run(ids, new)) for name, run in sides["llama.cpp"].items()}
     for run in contenders.values():
         run()  # what is prepared once is not timed
     rates = turns(contenders, rounds)
     return {"tokens_per_second": rates, "ratio": {n: ratio(r, rates["transformers bf16"]) for n, r in rates.items()}}
 
 
-def mixed(sides: dict[str, Any], rounds: int, count: int, low: int, high: int) -> dict[str, Any]:
+def mixed(sides: dict[str, Any], rounds: int, count: int, low: int, high: int, sizes: Sequence[int]) -> dict[str, Any]:
     """Useful tokens per second of many requests at once."""
     requests = Mix(count, 1).requests(low, high, sides["ours"].vocab_size)
     contenders: dict[str, Any] = {"athanor bf16": lambda: sides["ours"].mixed(requests)}
-    for size in (8, 16, 32):
+    for size in sizes:
         contenders[f"transformers, static batches of {size}"] = lambda size=size: Static(sides["theirs"], size).mixed(requests)
     contenders["transformers, generate_batch"] = lambda: continuous(sides["theirs"], requests)
     rates = turns(contenders, rounds)
@@ -110,11 +109,11 @@ def arguments(argv: Sequence[str] | None) -> argparse.Namespace:
     parser.add_argument("--rounds", type=int, default=3, help="turns that each contender has (default %(default)d)")
     parser.add_argument("--requests", type=int, default=64, help="mixed requests (default %(default)d)")
     parser.add_argument("--range", type=int, nargs=2, default=(32, 256), help="tokens of their prompts and answers")
-    parser.add_argument("--llamacpp", type=Path, help="folder node_modules with @node-llama-cpp/linux-x64, to run it beside")
+    parser.add_argument("--batches", type=int, nargs="+", default=[8, 16, 32], help="sizes of transformers' static batches")
     parser.add_argument("--json", type=Path, metavar="PATH", help="also write everything that was measured there")
     options = parser.parse_args(argv)
-    if options.rounds < 1 or options.requests < 1 or not 1 <= options.range[0] <= options.range[1]:
-        raise ConfigError("--rounds and --requests must be at least 1, and --range two numbers from 1 up, the smaller one first")
+    if min(options.batches) < 1 or options.rounds < 1 or options.requests < 1 or not 1 <= options.range[0] <= options.range[1]:
+        raise ConfigError("--rounds, --requests and --batches must be at least 1, and --range two numbers from 1 up in order")
     return options
 
 
@@ -127,13 +126,12 @@ def run(options: argparse.Namespace) -> dict[str, Any]:
     with tempfile.TemporaryDirectory() as folder:
         ours, theirs, kinds = models(SHAPES[options.shape], Path(folder))
         sides = {"ours": Ours(ours), "theirs": Theirs(theirs), "kinds": {kind: Ours(m) for kind, m in kinds.items()}}
-        sides["llama.cpp"] = llama_cpp(options.llamacpp, ours, Path(folder)) if options.llamacpp else {}
         print(f"{'parameters':<14}{ours.n_parameters():,}", flush=True)
         if "single" in options.parts:
             results["single"] = single(sides, options.rounds, 128, 128)
             show("single", results["single"])
         if "mixed" in options.parts:
-            results["mixed"] = mixed(sides, options.rounds, options.requests, *options.range)
+            results["mixed"] = mixed(sides, options.rounds, options.requests, *options.range, options.batches)
             show("mixed", results["mixed"])
         if "prefix" in options.parts:
             results["prefix"] = prefix(sides, options.rounds, 1000, 24)

@@ -1,9 +1,9 @@
-"""The sides of `bench/infer.py`: the engine, transformers' ways to generate, and llama.cpp by its C interface."""
+"""The sides of `bench/infer.py`: the engine, and transformers' ways to generate."""
 
 from __future__ import annotations
 
 import time
-from collections.abc import Callable, Sequence
+from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
 
@@ -166,10 +166,3 @@ def continuous(theirs: Theirs, asks: Sequence[Ask]) -> float:
     finally:
         manager.stop(block=True)
         model.set_attn_implementation("sdpa")
-
-
-def llama_cpp(modules: Path, model: llama.Model, folder: Path) -> dict[str, Callable[[Sequence[int], int], float]]:
-    """llama.cpp over the same weights, exported by ourselves: name -> (prompt, new tokens) -> tokens per second."""
-    from inference.llamacpp import contenders
-
-    return contenders(modules, model, folder)
