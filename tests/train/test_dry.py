@@ -3,6 +3,7 @@
 import gc
 import random
 from dataclasses import replace
+from pathlib import Path
 
 import numpy as np
 import pytest
@@ -176,7 +177,7 @@ def test_free_memory_heeds_control_groups(monkeypatch, tmp_path):
             raise FileNotFoundError(path)
         return files[str(path)]
 
-    monkeypatch.setattr(dry.Path, "read_text", read)
+    monkeypatch.setattr(Path, "read_text", read)
     assert dry.free_memory() == 1_000_000
     files["/sys/fs/cgroup/memory.max"] = "max\n"
     assert dry.free_memory() == 2_048_000

@@ -164,3 +164,20 @@ def tune_allocator() -> None:
         return
     for option, value in ((_M_MMAP_MAX, 0), (_M_TRIM_THRESHOLD, 2**31 - 1), (_M_TOP_PAD, 64 << 20)):
         mallopt(option, value)
+
+
+def free_memory() -> int | None:
+    """Bytes that this process can still take: what is available on the machine, and what its control group leaves."""
+    found = []
+    try:
+        lines = Path("/proc/meminfo").read_text().splitlines()
+        found += [int(line.split()[1]) * 1024 for line in lines if line.startswith("MemAvailable:")]
+    except (OSError, ValueError):
+        pass
+    group = Path("/sys/fs/cgroup")
+    for limit, used in (("memory.max", "memory.current"), ("memory/memory.limit_in_bytes", "memory/memory.usage_in_bytes")):
+        try:
+            found.append(max(0, int((group / limit).read_text()) - int((group / used).read_text())))
+        except (OSError, ValueError):  # no such group, or "max"
+            continue
+    return min(found, default=None)

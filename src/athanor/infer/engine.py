@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import os
 import time
 from collections.abc import Callable, Iterable
 from dataclasses import dataclass, replace
@@ -10,7 +9,7 @@ from dataclasses import dataclass, replace
 import torch
 from torch import Tensor
 
-from athanor.core.device import Precision
+from athanor.core.device import Precision, free_memory
 from athanor.core.errors import ConfigError, RequestError
 from athanor.infer import constrained
 from athanor.infer.asked import bad_words, check
@@ -166,7 +165,8 @@ class Engine:
             return tokens // BLOCK
         dtype = torch.bfloat16 if precision == "bf16" else torch.float32
         size = BLOCK * PagedCache.bytes_per_token(model.cache_layers(), dtype)
-        fitting = free_memory(model.device) // 2 // size if size else least * max_batch
+        free = torch.cuda.mem_get_info(model.device)[0] if model.device.type == "cuda" else free_memory()
+        fitting = free // 2 // size if size and free is not None else least * max_batch
         return max(least, min(least * max_batch, fitting))
 
     @property
@@ -399,10 +399,3 @@ def _products(model: CausalLM | EncoderDecoder) -> list[Tensor]:
     """The matrices that hidden states are multiplied with."""
     found = [m.weight for m in model.modules() if type(m) is Linear]
     return [*found, model.output_weight]
-
-
-def free_memory(device: torch.device) -> int:
-    """Bytes of memory that nothing uses."""
-    if device.type == "cuda":
-        return torch.cuda.mem_get_info(device)[0]
-    return os.sysconf("SC_PAGE_SIZE") * os.sysconf("SC_AVPHYS_PAGES")

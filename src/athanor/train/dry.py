@@ -11,14 +11,13 @@ from collections import defaultdict
 from collections.abc import Iterator, Sequence
 from contextlib import contextmanager, suppress
 from dataclasses import dataclass
-from pathlib import Path
 from typing import Any
 
 import torch
 from torch import Tensor
 from torch.utils._pytree import tree_leaves
 
-from athanor.core.device import TrainPrecision, rng_state, set_rng_state
+from athanor.core.device import TrainPrecision, free_memory, rng_state, set_rng_state
 from athanor.core.errors import NoTargetsError, TrainingError
 from athanor.models.base import LanguageModel
 from athanor.nn.moe import MixtureOfExperts
@@ -183,20 +182,3 @@ def _tensors(state: Any) -> list[Tensor]:
 def _out_of_memory(error: Exception) -> bool:
     said = str(error)
     return isinstance(error, (torch.OutOfMemoryError, MemoryError)) or "can't allocate memory" in said or "out of memory" in said
-
-
-def free_memory() -> int | None:
-    """Bytes that this process can still take: what is available on the machine, and what its control group leaves."""
-    found = []
-    try:
-        lines = Path("/proc/meminfo").read_text().splitlines()
-        found += [int(line.split()[1]) * 1024 for line in lines if line.startswith("MemAvailable:")]
-    except (OSError, ValueError):
-        pass
-    group = Path("/sys/fs/cgroup")
-    for limit, used in (("memory.max", "memory.current"), ("memory/memory.limit_in_bytes", "memory/memory.usage_in_bytes")):
-        try:
-            found.append(max(0, int((group / limit).read_text()) - int((group / used).read_text())))
-        except (OSError, ValueError):  # no such group, or "max"
-            continue
-    return min(found, default=None)
