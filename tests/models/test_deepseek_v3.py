@@ -9,7 +9,7 @@ from transformers.modeling_layers import MtpModel
 
 from athanor.compress.apply import compress
 from athanor.core.errors import CheckpointError, ConfigError
-from athanor.infer.runner import Runner
+from athanor.infer.rows import Rows
 from athanor.models import deepseek_v3, io
 from athanor.nn import moe
 from athanor.nn.cache import Decode, KVCache, Prefill
@@ -85,7 +85,7 @@ def test_balancing_a_model_evens_its_loads():
 def test_a_cache_keeps_the_latent_and_what_is_turned():
     model = random_model(TINY)
     assert model.cache_layers() == [(1, TINY.latent_rank + TINY.head_dim, 0)] * 2
-    runner = Runner(model)
+    runner = Rows(model)
     runner.prefill([[5, 6, 7]], 0)
     numbers = sum(x.shape[1] * x.shape[3] for x in (*runner.cache.own.keys, *runner.cache.own.values) if x is not None)
     assert numbers == 2 * (16 + 8)

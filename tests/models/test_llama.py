@@ -6,7 +6,7 @@ import pytest
 import torch
 
 from athanor.core.errors import CheckpointError, ConfigError
-from athanor.infer.runner import Runner
+from athanor.infer.rows import Rows
 from athanor.models.llama import PRESETS, Config
 from athanor.nn.rope import DynamicRope, LinearRope, Llama3Rope, YarnRope
 from tests.models.reference import greatest, inputs, logits, ours_of, packed, random_ids, separate, theirs_of
@@ -158,7 +158,7 @@ def test_beyond_the_original_context_dynamic_scaling_is_that_of_transformers(tmp
     sources = [random_ids(config, n, seed=n) for n in (120, 20, 97, 150)]
     with torch.no_grad():
         assert greatest(packed(ours, sources), separate(ours, sources)) <= 1e-5
-    runner = Runner(ours)
+    runner = Rows(ours)
     runner.prefill([random_ids(config, 95).tolist()], 0)
     runner.decode([5], [95])
     with pytest.raises(ConfigError, match=re.escape("position 96 is beyond original_max_position_embeddings (96)")):

@@ -10,7 +10,7 @@ from transformers import GenerationConfig
 
 from athanor.core import plugins
 from athanor.core.io import read_json
-from athanor.infer.runner import Runner
+from athanor.infer.rows import Rows
 from athanor.models import io
 from tests.models.reference import (
     OWN,
@@ -160,7 +160,7 @@ def test_cached_is_uncached(case, tmp_path):
     given = sources if ours.kind == "encoder_decoder" else None
     with torch.no_grad():
         expected = [ours.logits(h) for h in _alone(ours, sources, answers)]
-    runner = Runner(ours)
+    runner = Rows(ours)
     starts = [len(a) - 24 for a in answers]
     begun = [a[:n].tolist() for a, n in zip(answers, starts, strict=True)]
     got = [runner.prefill(begun, 0, given and [s.tolist() for s in given])]
@@ -188,7 +188,7 @@ def test_greedy_generation_is_that_of_transformers(case, tmp_path):
     settings = GenerationConfig(max_new_tokens=64, do_sample=False, pad_token_id=0, decoder_start_token_id=2)
     expected = theirs.generate(prompts, settings, attention_mask=torch.ones_like(prompts))
     expected = expected[:, 1 if ours.kind == "encoder_decoder" else 6 :]
-    runner = Runner(ours)
+    runner = Rows(ours)
     rows = prompts.tolist()
     starts = [[2]] * 3 if ours.kind == "encoder_decoder" else rows
     tokens = [runner.prefill(starts, 0, rows if ours.kind == "encoder_decoder" else None).argmax(1).tolist()]

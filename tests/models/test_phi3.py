@@ -7,7 +7,7 @@ import torch
 from transformers import Phi3Config
 
 from athanor.core.errors import CheckpointError, ConfigError
-from athanor.infer.runner import Runner
+from athanor.infer.rows import Rows
 from athanor.models import io
 from athanor.models.phi3 import PRESETS, Config
 from athanor.nn.rope import LinearRope, LongRope
@@ -93,7 +93,7 @@ def test_beyond_the_original_context_longrope_is_that_of_transformers(tmp_path):
     sources = [random_ids(config, n, seed=n) for n in (120, 20, 97, 150)]
     with torch.no_grad():
         assert greatest(packed(ours, sources), separate(ours, sources)) <= 1e-5
-    runner = Runner(ours)
+    runner = Rows(ours)
     runner.prefill([random_ids(config, 95).tolist()], 0)
     runner.decode([5], [95])
     with pytest.raises(ConfigError, match=re.escape("position 96 is beyond original_max_position_embeddings (96)")):

@@ -9,7 +9,7 @@ from torch import nn
 
 from athanor.core.errors import CheckpointError, ConfigError
 from athanor.core.io import read_json
-from athanor.infer.runner import Runner
+from athanor.infer.rows import Rows
 from athanor.models import io, rnn_lm
 from athanor.nn.context import Causal, Packed, Padded
 from athanor.nn.paged import Paged, PagedCache
@@ -119,7 +119,7 @@ def test_cached_is_uncached(preset):
     ours, theirs, _ = pair(preset)
     texts = [random_ids(ours.config, n + 24, seed=n) for n in (9, 1, 17)]
     starts = [9, 1, 17]
-    runner = Runner(ours)
+    runner = Rows(ours)
     got = [runner.prefill([t[:n].tolist() for t, n in zip(texts, starts, strict=True)], 0)]
     for step in range(24):
         at = [n + step for n in starts]
@@ -139,7 +139,7 @@ def test_greedy_generation_is_that_of_whole_forward_passes(preset):
     with torch.no_grad():
         for _ in range(32):
             whole = torch.cat((whole, theirs(whole)[:, -1].argmax(1, keepdim=True)), 1)
-    runner = Runner(ours)
+    runner = Rows(ours)
     tokens = [runner.prefill(prompts.tolist(), 0).argmax(1).tolist()]
     for step in range(31):
         tokens.append(runner.decode(tokens[-1], [6 + step] * 3).argmax(1).tolist())
@@ -150,7 +150,7 @@ def test_greedy_generation_is_that_of_whole_forward_passes(preset):
 def test_rows_that_move_take_their_states_along(preset):
     ours, theirs, _ = pair(preset)
     texts = random_ids(ours.config, 3, 8)
-    runner = Runner(ours)
+    runner = Rows(ours)
     runner.prefill([t.tolist() for t in texts], 0)
     runner.move([(2, 0)], 8)
     with torch.no_grad():
@@ -186,7 +186,7 @@ def test_a_text_read_in_pieces_is_the_text(preset):
 def test_it_generates_in_bfloat16(preset):
     ours, theirs, _ = pair(preset)
     texts = random_ids(ours.config, 2, 9)
-    runner = Runner(ours, "bf16")
+    runner = Rows(ours, "bf16")
     got = [runner.prefill([t[:5].tolist() for t in texts], 0)]
     for at in range(5, 9):
         got.append(runner.decode(texts[:, at].tolist(), [at] * 2))

@@ -10,7 +10,7 @@ import torch.nn.functional as F
 from transformers import SwitchTransformersConfig
 
 from athanor.core.errors import CheckpointError, ConfigError
-from athanor.infer.runner import Runner
+from athanor.infer.rows import Rows
 from athanor.models import io, switch
 from athanor.nn import moe
 from athanor.nn.context import Bidirectional, Causal, Memory, Packed, Padded, WithMemory
@@ -142,7 +142,7 @@ def test_generation_drops_in_the_encoder_alone_as_in_transformers(tmp_path):
     theirs = theirs_of(FULL)
     ours = ours_of(theirs, tmp_path)
     source, answer = random_ids(FULL, 2, 19), random_ids(FULL, 2, 13, seed=2)
-    runner = Runner(ours)
+    runner = Rows(ours)
     found = [runner.prefill([[int(a)] for a in answer[:, 0]], 0, source.tolist())]
     found += [runner.decode(answer[:, i].tolist(), [i, i]) for i in range(1, 13)]
     past, expected = None, []
@@ -157,7 +157,7 @@ def test_generation_drops_in_the_encoder_alone_as_in_transformers(tmp_path):
     whole = logits(ours, {"input_ids": source, "decoder_input_ids": answer})
     assert greatest(torch.stack(found, 1), whole) > 1e-2
     # A prompt in one piece is the same prompt token by token.
-    assert greatest(Runner(ours).prefill(answer.tolist(), 0, source.tolist()), found[-1]) <= 1e-5
+    assert greatest(Rows(ours).prefill(answer.tolist(), 0, source.tolist()), found[-1]) <= 1e-5
 
 
 def test_the_losses_of_routers_are_theirs_with_their_gradients(tmp_path):

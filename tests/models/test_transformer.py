@@ -11,7 +11,7 @@ from torch import nn
 
 from athanor.core.errors import CheckpointError, ConfigError
 from athanor.core.io import read_json, write_json
-from athanor.infer.runner import Runner
+from athanor.infer.rows import Rows
 from athanor.models import io
 from athanor.models.transformer import PRESETS, Config, Model
 from tests.models.reference import files, greatest, logits, packed, random_ids, separate
@@ -180,7 +180,7 @@ def test_packed_is_separate(preset):
 def test_cached_is_uncached(preset):
     model = random_model(preset)
     sources, answers = [random_ids(model.config, n, seed=n) for n in (5, 11)], [random_ids(model.config, n) for n in (17, 20)]
-    runner = Runner(model)
+    runner = Rows(model)
     with torch.no_grad():
         expected = [model.logits(separate(model, [s], [a])) for s, a in zip(sources, answers, strict=True)]
     got = [runner.prefill([a[:n].tolist() for a, n in zip(answers, (1, 4), strict=True)], 0, [s.tolist() for s in sources])]
@@ -201,7 +201,7 @@ def test_greedy_answers_are_a_plain_loops(preset):
     with torch.no_grad():
         for _ in range(40):
             plain = torch.cat((plain, model(sources, plain)[:, -1:].argmax(2)), 1)
-    runner = Runner(model)
+    runner = Rows(model)
     tokens = [runner.prefill([[2]] * 3, 0, sources.tolist()).argmax(1).tolist()]
     for step in range(39):
         tokens.append(runner.decode(tokens[-1], [1 + step] * 3).argmax(1).tolist())
