@@ -336,9 +336,7 @@ def test_a_tokenizer_that_is_larger_than_the_model(tmp_path):
         LM(lm.model, type("Larger", (), {"vocab_size": 330})())
 
 
-@pytest.mark.parametrize(
-    "arguments", [["chat", "--prompt", "x"], ["serve", "--port", "0"], ["eval"]], ids=lambda arguments: arguments[0]
-)
+@pytest.mark.parametrize("arguments", [["chat", "--prompt", "x"], ["eval"]], ids=lambda arguments: arguments[0])
 def test_commands_that_need_our_template_say_so_at_once(tmp_path, capsys, arguments):
     from athanor.cli import main
 
