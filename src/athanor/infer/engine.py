@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import time
 from collections.abc import Callable, Iterable
-from dataclasses import dataclass, replace
+from dataclasses import replace
 
 import torch
 from torch import Tensor
@@ -14,6 +14,7 @@ from athanor.core.errors import ConfigError, RequestError
 from athanor.infer import constrained
 from athanor.infer.asked import bad_words, check
 from athanor.infer.blocks import Blocks
+from athanor.infer.news import Chunk, Stats
 from athanor.infer.runner import Part, Runner
 from athanor.infer.sampling import Row, sample, top_logprobs
 from athanor.infer.scheduler import Scheduler, Work
@@ -25,59 +26,12 @@ from athanor.nn.linear import Linear, pack
 from athanor.nn.paged import PagedCache
 from athanor.tokenizer.stream import StreamDecoder
 from athanor.tokenizer.vocabulary import Vocabulary
-from athanor.types import Completion, Request, SamplingParams, TokenLogprob
+from athanor.types import Completion, Request, SamplingParams
+
+__all__ = ["BLOCK", "Chunk", "Engine", "Stats"]
 
 BLOCK = 16  # tokens of a block of the cache: of a sequence of 256 tokens 3 % of its blocks is empty on average
 _TOLD = 256  # tokens of a prompt whose log-probabilities are made at once
-
-
-@dataclass(frozen=True, slots=True)
-class Chunk:
-    """What is new of one request.
-
-    content, reasoning  text
-    completion          the whole answer, with the last chunk
-    ids                 tokens since the last chunk, whether or not their text is certain yet
-    logprobs            of each of them, where SamplingParams.logprobs asks for them
-    """
-
-    request_id: str
-    content: str
-    reasoning: str
-    completion: Completion | None
-    ids: tuple[int, ...] = ()
-    logprobs: tuple[TokenLogprob, ...] = ()
-
-
-@dataclass(slots=True)
-class Stats:
-    """What the engine is doing and has done; counters only grow.
-
-    running, waiting   requests
-    cache_usage        share of the cache's blocks that running requests hold
-    preemptions        times that a running request had to give its blocks back
-    prefix_queries     tokens of prompts that were looked up in the prefix cache
-    prefix_hits        of them, those that were found
-    prompt_tokens      of requests that were started
-    generation_tokens  new ones
-    steps              of the engine
-    step_tokens        that its last step computed
-    guesses            tokens that were guessed
-    right_guesses      of them, those that came
-    """
-
-    running: int = 0
-    waiting: int = 0
-    cache_usage: float = 0.0
-    preemptions: int = 0
-    prefix_queries: int = 0
-    prefix_hits: int = 0
-    prompt_tokens: int = 0
-    generation_tokens: int = 0
-    steps: int = 0
-    step_tokens: int = 0
-    guesses: int = 0
-    right_guesses: int = 0
 
 
 class Engine:
