@@ -384,6 +384,15 @@ def test_an_answer_has_min_tokens_and_may_go_on_after_its_end(engine, model, tok
     assert lengths == [1, 5, 5, 9]
 
 
+def test_with_a_listener_min_tokens_mean_the_same(tiny, tokenizer, engine, request_of):
+    model = saying(tiny, tokenizer, "one steady heat 12")
+    request = request_of("x", [tokenizer.bos_id], temperature=0, min_tokens=5, stop=("ste",))
+    (whole,) = engine(model=model).generate([request])
+    busy = engine(model=model)
+    busy.add(request)
+    assert completions(drain(busy))["x"] == whole and len(whole.ids) >= 5 and whole.stop_reason == "ste"
+
+
 def test_bad_words_never_appear(tiny, tokenizer, engine, request_of):
     model = saying(tiny, tokenizer, "one steady heat 12")
     with torch.no_grad():

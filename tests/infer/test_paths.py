@@ -1,5 +1,7 @@
 """Law L2 for every family that generates: in parts, from shared beginnings, preempted, among strangers: the plain answer."""
 
+from dataclasses import replace
+
 import pytest
 import torch
 
@@ -42,8 +44,6 @@ def family(request):
         for name, p in model.named_parameters():
             p.normal_(1.0 if "norm" in name and name.endswith("weight") else 0.0, 0.15, generator=generator)
     if model.kind == "encoder_decoder" and model.token_ids.decoder_start is None:
-        from dataclasses import replace
-
         model.token_ids = replace(model.token_ids, decoder_start=1)
     draw = torch.Generator().manual_seed(1)
 

@@ -4,7 +4,9 @@ import pytest
 import torch
 
 from athanor.core.errors import ConfigError
+from athanor.infer.sequence import Sequence
 from athanor.infer.speculative import Draft, NGram
+from athanor.types import Request
 
 
 def answers(engine, requests, **options):
@@ -58,6 +60,15 @@ def test_answers_are_those_without_guesses(engine, prompts, request_of, guessers
     assert stats.generation_tokens == sum(len(a.ids) for a in guessed)
 
 
+def test_equal_prompts_may_have_room_for_different_guesses(engine, request_of, near):
+    """What the draft model computes of a prompt is copied to the same prompt's other answer, whose table is of another length."""
+    prompt = [20 + i % 7 for i in range(31)]
+    requests = [request_of(i, prompt, temperature=0, max_tokens=n) for i, n in enumerate((2, 12, 3))]
+    plain, _ = answers(engine, requests)
+    guessed, stats = answers(engine, requests, guesser=Draft(near, 4), share=False)
+    assert [a.ids for a in guessed] == [a.ids for a in plain] and stats.guesses > 0
+
+
 def test_right_guesses_save_steps(engine, prompts, request_of, model, near):
     requests = [request_of("x", prompts[0], temperature=0, max_tokens=60)]
     plain, before = answers(engine, requests)
@@ -77,9 +88,6 @@ def test_what_was_said_before_is_guessed_again(engine, tokenizer, request_of):
 
 
 def test_the_last_occurrence_counts_and_longer_ones_first():
-    from athanor.infer.sequence import Sequence
-    from athanor.types import Request
-
     def plan(tokens, most=9, **options):
         return NGram(**options).plan(Sequence(Request("x", tokens), None), most)
 

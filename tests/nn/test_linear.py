@@ -126,7 +126,7 @@ def test_a_packed_weight_gives_the_products_of_autocast(dtype, bias, asked):
     with torch.no_grad(), torch.autocast("cpu", dtype=torch.bfloat16):
         for rows in ((1,), (3, 5), (256,)):
             x = torch.randn(*rows, 64)
-            module.unpack([layer.weight])
+            module._PACKED.pop(layer.weight, None)
             plain, before = layer(x), len(asked)
             assert packs(layer)
             found = layer(x)
@@ -149,7 +149,7 @@ def test_a_packed_weight_is_read_only_where_it_is_right():
             assert torch.equal(layer(x), F.linear(x, layer.weight))
             module.pack([layer.weight])
             torch.testing.assert_close(layer(x), F.linear(x, layer.weight), atol=0.05, rtol=0.02)
-            module.unpack([layer.weight])
+            module._PACKED.pop(layer.weight, None)
             assert module._packed(x, layer.weight) is None
     before = len(module._PACKED)
     assert packs(layer) and len(module._PACKED) == before + 1

@@ -87,10 +87,14 @@ class Runner:
         def numbers(values: Iterable[int]) -> Tensor:
             return torch.tensor(list(values), device=self.model.device)
 
-        source, target = (numbers(chain.from_iterable(pair[k].table for pair in pairs)) for k in (0, 1))
-        self.cache.copy(source, target, *(numbers(pair[k].slot for pair in pairs) for k in (0, 1)))
+        def blocks(part: Part) -> Sequence[int]:  # of these tokens: one of two tables may hold room for guesses, too
+            return part.table[: -(-len(part.tokens) // self.cache.size)]
+
+        source, target = (numbers(chain.from_iterable(blocks(pair[k]) for pair in pairs)) for k in (0, 1))
+        slots = [numbers(pair[k].slot for pair in pairs) for k in (0, 1)]
+        self.cache.copy(source, target, *slots)
         if self.sources is not None:
-            self.sources.copy(*(numbers(pair[k].slot for pair in pairs) for k in (0, 1)))
+            self.sources.copy(*slots)
 
     @torch.inference_mode()
     def logits(self, hidden: Tensor) -> Tensor:
@@ -119,11 +123,9 @@ class Runner:
             hidden = self.model.hidden(ids, ctx)[0]
         ends = accumulate(lengths)
         wanted = [i for part, end in zip(parts, ends, strict=True) for i in range(end - part.wanted, end)]
-        return (
-            hidden
-            if len(wanted) == len(hidden)
-            else hidden.index_select(0, torch.tensor(wanted, device=device, dtype=torch.int64))
-        )
+        if len(wanted) == len(hidden):
+            return hidden
+        return hidden.index_select(0, torch.tensor(wanted, device=device, dtype=torch.int64))
 
     def _read_sources(self, parts: Sequence[Part]) -> None:
         """Encode the sources that are new; what cross attention reads of them is kept by their slots."""

@@ -107,7 +107,7 @@ class Sequence:
             return
         if params.stop and not early:
             self._read()  # only a stop text has to be seen at once
-        if (token in end_ids and not params.ignore_eos) or self.decoder.stopped_by is not None:
+        if (token in end_ids and not params.ignore_eos) or (self.decoder.stopped_by is not None and not early):
             self.finish_reason, self.stop_reason = "stop", self.decoder.stopped_by
         elif len(self.ids) >= params.max_tokens or self.length >= max_len:
             self.finish_reason = "length"

@@ -100,12 +100,6 @@ def pack(weights: Iterable[Tensor]) -> None:
             _PACKED[weight] = _Packed(torch.ops.mkldnn._reorder_linear_weight(half, None), weight._version)
 
 
-def unpack(weights: Iterable[Tensor]) -> None:
-    """Let the copies of these weights go."""
-    for weight in weights:
-        _PACKED.pop(weight, None)
-
-
 def _packed(x: Tensor, weight: Tensor) -> Tensor | None:
     if torch.compiler.is_compiling() or not _PACKED or x.device.type != "cpu" or compute_dtype(x) != torch.bfloat16:
         return None

@@ -81,7 +81,7 @@ async def measure(
 def import_extra() -> None:
     """Raises MissingExtraError where what speaks HTTP is not installed."""
     try:
-        import httpx_sse  # noqa: F401
+        import httpx_sse  # noqa: F401  # only whether it is there
     except ModuleNotFoundError as error:
         raise MissingExtraError(
             "the load is made by httpx and httpx-sse, which are not installed: pip install 'athanor-lm[bench]'"
