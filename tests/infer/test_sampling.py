@@ -22,7 +22,7 @@ from athanor.types import SamplingParams
 def draws(logits, n, seed=0, **params):
     """`n` tokens, each of another seed, as counts."""
     settings = [SamplingParams(seed=seed + i, **params) for i in range(n)]
-    tokens, _ = sample(logits.expand(n, -1), [Row(p, i % 7) for i, p in enumerate(settings)])
+    tokens, _ = sample(logits.expand(n, -1), [Row(p, ids=range(i % 7)) for i, p in enumerate(settings)])
     return torch.bincount(tokens, minlength=len(logits)).double()
 
 
@@ -121,7 +121,7 @@ def test_rows_do_not_disturb_each_other():
         SamplingParams(temperature=1.0, seed=7, min_p=0.5),
         SamplingParams(temperature=1.0, seed=8, frequency_penalty=2.0),
     ]
-    rows = [Row(p, i, ids=range(i)) for i, p in enumerate(params)]
+    rows = [Row(p, ids=range(i)) for i, p in enumerate(params)]
     tokens, logprobs = sample(logits, rows)
     for i in range(len(params)):
         token, logprob = sample(logits[i : i + 1], rows[i : i + 1])
@@ -131,7 +131,7 @@ def test_rows_do_not_disturb_each_other():
 def test_log_probabilities_are_of_the_temperature_and_of_temperature_1_when_greedy():
     logits = torch.randn(3, 20, generator=torch.Generator().manual_seed(1))
     params = [SamplingParams(temperature=t, top_k=1) for t in (0.5, 2.0, 0.0)]
-    tokens, logprobs = sample(logits, [Row(p, 0) for p in params])
+    tokens, logprobs = sample(logits, [Row(p) for p in params])
     assert torch.equal(tokens, logits.argmax(-1))
     expected = torch.log_softmax(logits / torch.tensor([[0.5], [2.0], [1.0]]), -1).max(-1)[0]
     torch.testing.assert_close(logprobs, expected)
@@ -141,7 +141,7 @@ def test_impossible_tokens_never_come():
     logits = torch.full((64, 50), -torch.inf)
     logits[:, 17] = 0.0
     logits[:, 31] = -1.0
-    tokens, _ = sample(logits, [Row(SamplingParams(seed=i), 0) for i in range(64)])
+    tokens, _ = sample(logits, [Row(SamplingParams(seed=i)) for i in range(64)])
     assert set(tokens.tolist()) == {17, 31}
 
 
@@ -154,7 +154,7 @@ def test_min_p_is_that_of_transformers(logits, min_p):
     edges = torch.softmax(logits, -1) / torch.softmax(logits, -1).max()
     if (edges - min_p).abs().min() < 1e-6:
         return  # on the very edge rounding decides
-    tokens, _ = sample(logits.expand(200, -1), [Row(SamplingParams(seed=i, min_p=min_p), 0) for i in range(200)])
+    tokens, _ = sample(logits.expand(200, -1), [Row(SamplingParams(seed=i, min_p=min_p)) for i in range(200)])
     assert not kept[tokens].isinf().any()
     probs = torch.softmax(kept.double(), -1)
     assert all(token in tokens for token in range(len(logits)) if probs[token] > 0.2)
@@ -162,7 +162,7 @@ def test_min_p_is_that_of_transformers(logits, min_p):
 
 @given(logits=LOGITS, penalty=st.floats(0.5, 3), prompt=st.lists(st.integers(0, 5)), ids=st.lists(st.integers(0, 5)))
 def test_the_repetition_penalty_is_that_of_transformers(logits, penalty, prompt, ids):
-    row = Row(SamplingParams(repetition_penalty=penalty), len(ids), prompt=prompt, ids=ids)
+    row = Row(SamplingParams(repetition_penalty=penalty), prompt=prompt, ids=ids)
     expected = logits
     if prompt or ids:
         expected = RepetitionPenaltyLogitsProcessor(penalty)(torch.tensor([[*prompt, *ids]]), logits[None])[0]
@@ -172,33 +172,33 @@ def test_the_repetition_penalty_is_that_of_transformers(logits, penalty, prompt,
 def test_presence_and_frequency_penalties():
     """mu[j] - c[j] frequency - (c[j] > 0) presence, c counting the answer alone (OpenAI's documentation)."""
     params = SamplingParams(presence_penalty=0.5, frequency_penalty=0.25)
-    changed = change(torch.zeros(4), Row(params, 3, prompt=[3, 3], ids=[1, 1, 2]))
+    changed = change(torch.zeros(4), Row(params, prompt=[3, 3], ids=[1, 1, 2]))
     assert changed.tolist() == [0.0, -1.0, -0.75, 0.0]
-    assert torch.equal(change(torch.ones(4), Row(params, 0, prompt=[3])), torch.ones(4))
+    assert torch.equal(change(torch.ones(4), Row(params, prompt=[3])), torch.ones(4))
 
 
 def test_biases_are_those_of_transformers():
     logits, bias = torch.linspace(-1, 1, 8), {(2,): 1.5, (5,): -2.0}
     expected = SequenceBiasLogitsProcessor(bias)(torch.tensor([[0]]), logits[None])[0]
-    changed = change(logits, Row(SamplingParams(logit_bias=tuple((i, b) for (i,), b in bias.items())), 0))
+    changed = change(logits, Row(SamplingParams(logit_bias=tuple((i, b) for (i,), b in bias.items()))))
     torch.testing.assert_close(changed, expected)
 
 
 def test_what_may_not_come_does_not_and_what_alone_may_is_all():
     logits = torch.zeros(6)
     expected = NoBadWordsLogitsProcessor([[4]], eos_token_id=0)(torch.tensor([[1]]), logits[None])[0]
-    assert torch.equal(change(logits, Row(SamplingParams(), 0, banned=[4])), expected)
-    assert change(logits, Row(SamplingParams(allowed_ids=(1, 3)), 0)).isfinite().tolist() == [i in (1, 3) for i in range(6)]
+    assert torch.equal(change(logits, Row(SamplingParams(), banned=[4])), expected)
+    assert change(logits, Row(SamplingParams(allowed_ids=(1, 3)))).isfinite().tolist() == [i in (1, 3) for i in range(6)]
     mask = torch.tensor([True, False, False, True, False, True])
-    assert change(logits, Row(SamplingParams(), 0, allowed=mask)).isfinite().tolist() == mask.tolist()
-    rows = [Row(SamplingParams(seed=i, allowed_ids=(1, 3, 4)), 0, banned=[3]) for i in range(100)]
+    assert change(logits, Row(SamplingParams(), allowed=mask)).isfinite().tolist() == mask.tolist()
+    rows = [Row(SamplingParams(seed=i, allowed_ids=(1, 3, 4)), banned=[3]) for i in range(100)]
     assert set(sample(logits.expand(100, -1), rows)[0].tolist()) == {1, 4}
 
 
 def test_changes_choose_the_token_and_leave_its_log_probability():
     """Law L6: log-probabilities are those of the trainer, who knows nothing of penalties."""
     logits = torch.tensor([[2.0, 1.0, 0.0]])
-    row = Row(SamplingParams(temperature=0.5, top_k=1, frequency_penalty=2.0), 1, ids=[0])
+    row = Row(SamplingParams(temperature=0.5, top_k=1, frequency_penalty=2.0), ids=[0])
     token, logprob = sample(logits, [row])
     assert int(token) == 1
     torch.testing.assert_close(logprob, torch.log_softmax(logits[0] / 0.5, -1)[1:2])

@@ -315,7 +315,7 @@ class Engine:
         for *before, word in sequence.words:
             if not before or ids[-len(before) :] == before:
                 banned.append(word)
-        return Row(params, len(ids), banned, sequence.allowed, sequence.request.prompt_ids, ids)
+        return Row(params, banned, sequence.allowed, sequence.request.prompt_ids, ids)
 
     def _guess(self) -> None:
         """Plan guesses for the sequences of which one token is due."""

@@ -56,7 +56,6 @@ class Row(NamedTuple):
     """What the next token of one sequence depends on beside its logits.
 
     params   of its request
-    made     tokens that it has made
     banned   tokens that may not come (ends before min_tokens, last tokens of bad words)
     allowed  (V,) bool: tokens that may; None for all
     prompt   tokens of its prompt; `repetition_penalty` alone reads them
@@ -64,7 +63,6 @@ class Row(NamedTuple):
     """
 
     params: SamplingParams
-    made: int
     banned: Sequence[int] = ()
     allowed: Tensor | None = None
     prompt: Sequence[int] = ()
@@ -138,7 +136,7 @@ def sample(logits: Tensor, rows: Sequence[Row]) -> tuple[Tensor, Tensor]:
             least = torch.tensor([math.log(p.min_p) if p.min_p else -math.inf for p in params], device=device)
             kept = kept.masked_fill(kept < shown.amax(-1, keepdim=True) + least[:, None], -torch.inf)
         cumulative = kept.exp().cumsum(-1)
-        point = uniform([p.seed for p in params], [row.made for row in rows]).to(device, torch.float32) * cumulative[:, -1]
+        point = uniform([p.seed for p in params], [len(row.ids) for row in rows]).to(device, torch.float32) * cumulative[:, -1]
         # The first token whose cumulative probability passes the point. Past the last one lies only rounding.
         tokens = torch.searchsorted(cumulative, point[:, None], right=True).squeeze(1).clamp_(max=vocab - 1)
         tokens = torch.where(kept.gather(1, tokens[:, None]).squeeze(1).isinf() | greedy, best, tokens)

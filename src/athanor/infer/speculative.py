@@ -105,10 +105,7 @@ class Draft:
                 tokens = [*s.tokens, *s.draft]
                 parts.append(Part(tokens[s.drafted :], s.drafted, s.table, s.slot or 0, 1))
                 s.drafted = len(tokens)
-            rows = [
-                Row(s.request.params, len(s.ids) + len(s.draft), (), None, s.request.prompt_ids, [*s.ids, *s.draft])
-                for s, _ in going
-            ]
+            rows = [Row(s.request.params, prompt=s.request.prompt_ids, ids=[*s.ids, *s.draft]) for s, _ in going]
             tokens_, _ = sample(self._runner.logits(self._runner.run(parts)), rows)
             for (s, _), token in zip(going, tokens_.tolist(), strict=True):
                 s.draft.append(token)
