@@ -209,9 +209,8 @@ class Paged:
             steps = torch.arange(int(self._lengths.max()), device=query.device)
             self._across = Rectangle(steps, torch.arange(span, device=query.device), causal=False, hidden=hidden)
         rows = to_rows(query[0], self._lengths)
-        return from_rows(self._across.attend(rows, key.transpose(1, 2), value.transpose(1, 2), scoring), self._lengths).unsqueeze(
-            0
-        )
+        rows = self._across.attend(rows, key.transpose(1, 2), value.transpose(1, 2), scoring)
+        return from_rows(rows, self._lengths).unsqueeze(0)
 
     def scan(self, layer: int, cell: Cell, x: Tensor) -> Tensor:
         states = self._cache.states[layer]
