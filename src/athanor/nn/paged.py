@@ -10,7 +10,8 @@ value width, W width of a recurrent state.
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Iterator, Sequence
+from typing import NamedTuple
 
 import torch
 from torch import Tensor
@@ -49,6 +50,8 @@ class PagedCache:
         self.keys = [pool(layer, "key_dim") for layer in layers]
         self.values = [pool(layer, "value_dim") for layer in layers]
         self.states = [torch.zeros((slots, x.width), device=device) if isinstance(x, State) else None for x in layers]
+        # Bytes of a position in the layer that has most.
+        self.widest = max((p.shape[0] * p.shape[3] * dtype.itemsize for p in self.keys if p is not None), default=0)
 
     def copy(self, blocks: Tensor, to_blocks: Tensor, slots: Tensor, to_slots: Tensor) -> None:
         """Make other blocks and slots hold the same."""
@@ -94,6 +97,29 @@ class Sources:
         self.lengths[to_slots] = self.lengths[slots]
 
 
+# Bytes of keys of a layer that are put together at a time, on CPUs: what stays in the caches is read once, not three times.
+_TOGETHER = 4 << 20
+
+
+class _Group(NamedTuple):
+    """Sequences that attend together.
+
+    which   those of the batch, None for all in order
+    starts  (R,) where their new tokens stand
+    read    (R n,) blocks of each, filled up to as many as the longest has
+    first   the first of these, where they are the blocks of one sequence and stand side by side in the pool
+    keys    (n Z,) positions of what is read
+    masks   (R, 1, n Z) by window, added to the scores
+    """
+
+    which: Tensor | None
+    starts: Tensor
+    read: Tensor
+    first: int | None
+    keys: Tensor
+    masks: dict[int | None, Tensor]
+
+
 class Paged:
     """New tokens of S sequences laid end to end as (1, N), each after what the cache already holds of its sequence.
 
@@ -131,24 +157,62 @@ class Paged:
             at = torch.arange(len(owner), device=device) - torch.repeat_interleave(lengths.cumsum(0) - lengths - starts, lengths)
         self.positions = at.unsqueeze(0)
         self._places = tables[owner, at // cache.size] * cache.size + at % cache.size
-        used = -(-self.extent // cache.size)
-        self._read = tables[:, :used].flatten()
-        self._keys = torch.arange(used * cache.size, device=device)
-        self._masks: dict[int | None, Tensor] = {}
+        self._tables = tables
+        self._rows: dict[int, list[Tensor]] = {}
         self._across: Rectangle | None = None
         self._whole: Packed | None = None
-        if not self._single:
-            if not int(starts.max()):
-                self._whole = Packed(lengths)  # nothing to read
-            else:
-                rows = starts[:, None] + torch.arange(longest, device=device)
-                # What lies beyond a sequence's end comes after all its queries, so the causal rule hides it.
-                self._rectangle = Rectangle(rows, self._keys.expand(len(lengths), -1), causal=True)
+        if self._single:
+            self._groups = [*self._grouped()]
+            return
+        if not int(starts.max()):
+            self._whole = Packed(lengths)  # nothing to read
+            return
+        self._groups = [self._group(None, starts, tables)]
+        rows = starts[:, None] + torch.arange(longest, device=device)
+        # What lies beyond a sequence's end comes after all its queries, so the causal rule hides it.
+        self._rectangle = Rectangle(rows, self._groups[0].keys.expand(len(lengths), -1), causal=True)
 
-    def _gather(self, pool: Tensor, like: Tensor) -> Tensor:
-        """The blocks of all sequences, (G, S, positions, K)."""
-        found = pool.index_select(1, self._read)
-        return found.view(len(pool), len(self._lengths), -1, pool.shape[3]).to(like.dtype)
+    def _grouped(self) -> Iterator[_Group]:
+        """Sequences of like length side by side: what is read of each is filled up to the longest of its group only."""
+        count, size = len(self._starts), self._cache.size
+        most = count if self._starts.device.type != "cpu" else max(1, _TOGETHER // max(1, self._cache.widest * size))
+        ends = (self._starts // size + 1).tolist()
+        if max(ends) * count <= most:
+            yield self._group(None, self._starts, self._tables)
+            return
+        order = sorted(range(count), key=ends.__getitem__)
+        while order:
+            some = max(1, min(len(order), most // ends[order[-1]]))
+            which = torch.tensor(order[-some:], device=self._starts.device)
+            yield self._group(which, self._starts[which], self._tables[which])
+            del order[-some:]
+
+    def _group(self, which: Tensor | None, starts: Tensor, tables: Tensor) -> _Group:
+        size, device = self._cache.size, starts.device
+        extent = self.extent if which is None else int(starts.max()) + 1
+        read = tables[:, : -(-extent // size)].flatten()
+        first = None
+        if len(starts) == 1 and device.type == "cpu":
+            first = int(read[0])
+            if not torch.equal(read, torch.arange(first, first + len(read))):
+                first = None
+        return _Group(which, starts, read, first, torch.arange(len(read) // len(starts) * size, device=device), {})
+
+    def _gather(self, pool: Tensor, group: int, like: Tensor) -> Tensor:
+        """The blocks of a group's sequences, (G, R, positions, K)."""
+        heads, blocks, _, width = pool.shape
+        which = self._groups[group]
+        if which.first is not None:
+            # Of few keys a product in float32 takes less than what one in bfloat16 takes to begin with.
+            return pool[:, which.first : which.first + len(which.read)].flatten(1, 2).unsqueeze(1).float()
+        else:
+            rows = self._rows.get(heads)
+            if rows is None:
+                head = torch.arange(0, heads * blocks, blocks, device=pool.device)[:, None]
+                rows = self._rows[heads] = [(head + g.read).flatten() for g in self._groups]
+            # Rows of a matrix are copied whole, and twice as fast as slices of a tensor.
+            found = pool.view(heads * blocks, -1).index_select(0, rows[group])
+        return found.view(heads, len(which.starts), -1, width).to(like.dtype)
 
     def _write(self, pool: Tensor, new: Tensor) -> None:
         """Entries (1, N, G, K)."""
@@ -162,30 +226,41 @@ class Paged:
             self._write(values, value)
         if self._whole is not None:
             return self._whole.attend(layer, query, key, value, scoring)
-        width = value.shape[3]
-        key = self._gather(keys, query)
-        value = key[..., :width] if values is None else self._gather(values, query)
         if self._single:
-            return self._decode(query.transpose(0, 1), key, value, scoring).transpose(0, 1)
-        key, value = key.permute(1, 2, 0, 3), value.permute(1, 2, 0, 3)
+            return self._decode(keys, values, query.transpose(0, 1), value.shape[3], scoring).transpose(0, 1)
+        key, value = (x.permute(1, 2, 0, 3) for x in self._read(keys, values, 0, query, value.shape[3]))
         rows = self._rectangle.attend(to_rows(query[0], self._lengths), key, value, scoring)
         return from_rows(rows, self._lengths).unsqueeze(0)
 
-    def _decode(self, query: Tensor, key: Tensor, value: Tensor, scoring: Scoring) -> Tensor:
-        """query (S, 1, H, K), key (G, S, positions, K), value (G, S, positions, V) -> (S, 1, H, V)."""
+    def _read(self, keys: Tensor, values: Tensor | None, group: int, like: Tensor, width: int) -> tuple[Tensor, Tensor]:
+        """Keys and values of a group; where a layer has no values of its own they are the first entries of its keys."""
+        key = self._gather(keys, group, like)
+        return key, key[..., :width] if values is None else self._gather(values, group, like)
+
+    def _decode(self, keys: Tensor, values: Tensor | None, query: Tensor, width: int, scoring: Scoring) -> Tensor:
+        """query (S, 1, H, K) -> (S, 1, H, V)."""
         n, _, h, k = query.shape
-        g, window = key.shape[0], scoring.window
-        if window not in self._masks:
-            back = self._starts[:, None] - self._keys
-            visible = (back >= 0) if window is None else (back >= 0) & (back < window)
-            self._masks[window] = mask_of(visible, torch.float32)[:, None]
-        bias = None
-        if scoring.bias is not None:
-            found = scoring.bias(self._starts[:, None], self._keys)  # (1 or S, H, 1, positions)
-            bias = found.reshape(-1, g, h // g, found.shape[-1]).transpose(0, 1)
+        g = keys.shape[0]
         rows = query.view(n, g, h // g, k).transpose(0, 1)
-        out = attend_rows(rows, key, value, self._masks[window], bias=bias, scale=scoring.scale, softcap=scoring.softcap)
-        return out.transpose(0, 1).reshape(n, 1, h, value.shape[3])
+        out = rows.new_empty((g, n, h // g, width)) if len(self._groups) > 1 else rows
+        for i, group in enumerate(self._groups):
+            if scoring.window not in group.masks:
+                back = group.starts[:, None] - group.keys
+                visible = (back >= 0) if scoring.window is None else (back >= 0) & (back < scoring.window)
+                group.masks[scoring.window] = mask_of(visible, torch.float32)[:, None]
+            bias = None
+            if scoring.bias is not None:
+                found = scoring.bias(group.starts[:, None], group.keys)  # (1 or R, H, 1, positions)
+                bias = found.reshape(-1, g, h // g, found.shape[-1]).transpose(0, 1)
+            key, value = self._read(keys, values, i, query, width)
+            some = (rows if group.which is None else rows.index_select(1, group.which)).to(key.dtype)
+            mask, softcap = group.masks[scoring.window], scoring.softcap
+            found = attend_rows(some, key, value, mask, bias=bias, scale=scoring.scale, softcap=softcap).to(query.dtype)
+            if group.which is None:
+                out = found
+            else:
+                out.index_copy_(1, group.which, found)
+        return out.transpose(0, 1).reshape(n, 1, h, width)
 
     def cross(self, layer: int, query: Tensor, project: Project, scoring: Scoring = PLAIN) -> Tensor:
         sources = self._sources

@@ -76,6 +76,9 @@ class Rotary(nn.Module):
         return self.cos[positions].unsqueeze(2), self.sin[positions].unsqueeze(2)
 
 
+_FEW = 1 << 16  # numbers
+
+
 def _turn(x: Tensor, cos: Tensor, sin: Tensor) -> Tensor:
     width = cos.shape[-1]
     if width < x.shape[-1]:
@@ -84,6 +87,8 @@ def _turn(x: Tensor, cos: Tensor, sin: Tensor) -> Tensor:
     # Converted once, and halves in place: half the time of products of mixed dtypes and a swapped copy.
     wide = x.to(cos.dtype)
     out = wide * cos
+    if x.numel() <= _FEW:  # a call takes longer than its work
+        return out.addcmul_(wide.roll(half, -1), sin).to(x.dtype)
     out[..., :half].addcmul_(wide[..., half:], sin[..., :half])
     out[..., half:].addcmul_(wide[..., :half], sin[..., half:])
     return out.to(x.dtype)
