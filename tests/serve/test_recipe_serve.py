@@ -10,6 +10,7 @@ import signal
 import socket
 import threading
 from concurrent.futures import ThreadPoolExecutor
+from functools import partial
 from pathlib import Path
 from types import SimpleNamespace
 
@@ -23,10 +24,11 @@ from starlette.routing import Route
 import athanor
 from athanor import cli
 from athanor.core.errors import ConfigError
+from athanor.infer.speculative import Heads
 from athanor.lm import LM
 from athanor.models import bert
 from athanor.recipes import serve
-from athanor.serve import guard, page
+from athanor.serve import guard, page, process
 from athanor.serve.app import Options, create_app
 from athanor.serve.models import Served
 
@@ -49,7 +51,7 @@ def test_options_reach_what_they_are_for(tokenizer, monkeypatch, capsys, tmp_pat
     monkeypatch.delenv("ATHANOR_API_KEY", raising=False)
     monkeypatch.setattr(athanor, "load", load)
     monkeypatch.setattr(serve, "create_server", lambda served, options: seen.update(served=served, options=options) or app)
-    monkeypatch.setattr(serve._Server, "run", lambda self, sockets: seen.update(address=sockets[0].getsockname()))
+    monkeypatch.setattr(process.Server, "run", lambda self, sockets: seen.update(address=sockets[0].getsockname()))
     before = signal.getsignal(signal.SIGINT)
     paths = (Path("runs/first"), Path("runs/second"))
     serve.main(serve.Config(paths, "rl", "localhost", 0, ("key",), 3, 4, 5, 6.0, None, "bf16", 7))
@@ -64,6 +66,28 @@ def test_options_reach_what_they_are_for(tokenizer, monkeypatch, capsys, tmp_pat
     assert re.search(rf"Serving 'first/rl', 'second/rl' at http://\S+:{port}/v1", out)
     assert '-H "Authorization: Bearer $ATHANOR_API_KEY"' in out
     assert signal.getsignal(signal.SIGINT) is before
+
+
+def test_every_model_guesses_with_its_own_heads(tokenizer, monkeypatch):
+    seen = {}
+    monkeypatch.setattr(athanor, "load", lambda path, checkpoint: model(tokenizer, path.name, seen.setdefault(path.name, {})))
+    monkeypatch.setattr(serve, "create_server", lambda served, options: FastAPI())
+    monkeypatch.setattr(process.Server, "run", lambda self, sockets: None)
+    serve.main(serve.Config((Path("a"), Path("b")), port=0, guess="heads"))
+    a, b = (seen[name]["guesser"] for name in "ab")
+    assert isinstance(a, Heads) and isinstance(b, Heads) and a is not b
+    with pytest.raises(ConfigError, match=r"guess is -1, but must be 0 \(nothing is guessed\), a number of tokens, or heads"):
+        serve.main(serve.Config((Path("a"),), guess=-1))
+
+
+def test_guesses_are_a_number_or_heads(monkeypatch, capsys):
+    seen = []
+    monkeypatch.setattr(serve, "main", seen.append)
+    monkeypatch.setattr(cli, "_load", lambda name: serve)
+    assert cli.main(["serve", "runs/a", "--guess", "heads"]) == cli.main(["serve", "runs/a", "--guess", "5"]) == 0
+    assert [config.guess for config in seen] == ["heads", 5]
+    assert cli.main(["serve", "runs/a", "--guess", "tails"]) == 2
+    assert "--guess" in capsys.readouterr().err
 
 
 def test_the_command_takes_several_folders(monkeypatch):
@@ -146,11 +170,10 @@ def test_ipv6_addresses_are_shown_as_urls_want_them():
         assert serve._url(s) == f"http://[::1]:{s.getsockname()[1]}"
 
 
-def test_what_is_unfinished_when_the_time_is_up_ends_with_an_error(fake, tokenizer, running, monkeypatch):
-    monkeypatch.setattr(serve, "GRACE", 0.1)
+def test_what_is_unfinished_when_the_time_is_up_ends_with_an_error(fake, tokenizer, running):
     engine = fake(lambda r: "x" * 10**7, max_len=10**8)
     app = create_app(engine, tokenizer, "first")
-    with running(app, serve._Server) as served, served.client() as client:
+    with running(app, partial(process.Server, grace=0.1)) as served, served.client() as client:
         chunks = iter(client.chat.completions.create(model="first", messages=HELLO, stream=True))
         next(chunks)
         served.server.should_exit = True
@@ -164,7 +187,7 @@ def test_headers_that_do_not_end(fake, tokenizer):
     with socket.socket(socket.AF_INET, socket.SOCK_STREAM, socket.IPPROTO_TCP) as listener:
         listener.bind(("127.0.0.1", 0))
         listener.listen()
-        server = uvicorn.Server(serve._settings(create_app(fake(), tokenizer, "first")))
+        server = uvicorn.Server(process.settings(create_app(fake(), tokenizer, "first")))
         thread = threading.Thread(target=server.run, kwargs={"sockets": [listener]})
         thread.start()
         address = listener.getsockname()
@@ -190,7 +213,7 @@ def test_headers_that_do_not_end(fake, tokenizer):
 def test_a_server_that_is_told_to_stop_finishes_what_it_has_and_takes_nothing_new(fake, tokenizer, running, path, body, stream):
     engine = fake()
     engine.gate.clear()
-    with running(create_app(engine, tokenizer, "first"), serve._Server) as served, ThreadPoolExecutor(1) as pool:
+    with running(create_app(engine, tokenizer, "first"), process.Server) as served, ThreadPoolExecutor(1) as pool:
         asked = {"model": "first", "stream": stream, **body}
         held = pool.submit(httpx.post, served.url + path, json=asked, timeout=60)
         while not httpx.get(f"{served.url}/load").json()["server_load"]:

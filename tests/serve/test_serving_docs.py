@@ -7,8 +7,7 @@ from pathlib import Path
 
 import pytest
 
-from athanor.recipes import serve
-from athanor.serve import guard, sampling
+from athanor.serve import guard, process, sampling
 from athanor.serve.completions import MAX_PROMPTS, CompletionRequest
 from athanor.serve.describe import ROUTES
 from athanor.serve.metrics import COUNTERS, GAUGES, HISTOGRAMS
@@ -46,7 +45,7 @@ def test_every_shared_parameter_is_there_and_no_other(text):
 
 def test_limits_are_those_of_the_code(text):
     numbers = set(re.findall(r"\d[\d,]*", text))
-    limits = (guard.MAX_BODY >> 20, guard.MAX_HEADERS >> 10, sampling.MAX_CHOICES, sampling.MAX_STOPS, MAX_PROMPTS, serve.GRACE)
+    limits = (guard.MAX_BODY >> 20, guard.MAX_HEADERS >> 10, sampling.MAX_CHOICES, sampling.MAX_STOPS, MAX_PROMPTS, process.GRACE)
     assert {*map(str, limits), f"{sampling.MAX_STRUCTURE:,}", str(sampling.MAX_DEPTH)} <= numbers
 
 

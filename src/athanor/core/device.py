@@ -7,13 +7,14 @@ import os
 import platform
 import random
 import resource
+import shutil
 import sys
 from collections.abc import Mapping
 from contextlib import AbstractContextManager, nullcontext
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, Literal
 
-from athanor.core.errors import CheckpointError, ConfigError
+from athanor.core.errors import CheckpointError, ConfigError, MissingExtraError
 
 if TYPE_CHECKING:
     import torch
@@ -30,6 +31,19 @@ def default_device() -> torch.device:
     import torch
 
     return torch.device("cuda" if torch.cuda.is_available() else "cpu")
+
+
+def require_compiler(device: torch.device, verb: str) -> None:
+    """See that torch.compile finds the C++ compiler that it needs for a CPU; `verb` is what goes without compiling, too.
+
+    Raises MissingExtraError naming the compiler and what to do.
+    """
+    compiler = os.environ.get("CXX", "clang++" if sys.platform == "darwin" else "g++")
+    if device.type == "cpu" and shutil.which(compiler) is None:
+        raise MissingExtraError(
+            f"compiling on a CPU needs the C++ compiler {compiler!r}, which is not installed: install it (on Debian `apt install"
+            f" g++`), name another in the environment variable CXX, or {verb} without compiling"
+        )
 
 
 def seed_all(seed: int) -> None:

@@ -10,6 +10,7 @@ import torch
 from torch import Tensor
 
 from athanor.core.device import Precision, autocast
+from athanor.infer.compiled import Compiled
 from athanor.models.base import CausalLM, EncoderDecoder
 from athanor.nn.context import Memory, Packed
 from athanor.nn.paged import Paged, PagedCache, Sources
@@ -56,9 +57,20 @@ class Runner:
         dtype = torch.bfloat16 if precision == "bf16" else torch.float32
         self.cache = PagedCache(model.cache_layers(), blocks, size, slots + 1, dtype, model.device)
         self._idle_slot = slots
+        self.compiled: Compiled | None = None
         self.sources = None
         if isinstance(model, EncoderDecoder):
             self.sources = Sources(model.cross_layers(), slots + 1, dtype, model.device)
+
+    @torch.inference_mode()
+    def compile(self, max_len: int) -> None:
+        """Compile the step of single tokens; see `Compiled` for what it raises."""
+        made = Compiled(self.model, self.cache, max_len)
+        # Once as it is, for what layers make when they are first called.
+        self._pass([Part((0,), 0, (0,), self._idle_slot, 1)])
+        self.compiled = made
+        with autocast(self.model.device, self.precision):
+            made.prepare()
 
     @torch.inference_mode()
     def run(self, parts: Sequence[Part]) -> Tensor:
@@ -117,6 +129,8 @@ class Runner:
         slots = torch.tensor([part.slot for part in parts], device=device)
         ids = torch.tensor([[token for part in parts for token in part.tokens]], device=device)
         with autocast(device, self.precision):
+            if single and self.compiled is not None:
+                return self.compiled(ids, tables, starts)[:rows]
             if self.sources is not None:
                 self._read_sources(parts)
             ctx = Paged(self.cache, tables, starts, torch.tensor(lengths, device=device), slots, self.sources)

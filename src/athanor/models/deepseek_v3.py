@@ -270,20 +270,40 @@ class Model(decoder.Decoder):
         Raises:
             ConfigError: a model without such heads; a context with a cache.
         """
+        heads = self._heads()
+        if ctx.cached:
+            raise ConfigError("the heads for the tokens after the next read whole sequences: use a context without a cache")
+        found = []
+        for k in range(1, len(heads) + 1):
+            # Over the end of one sequence the first tokens of another come in, where states mean nothing.
+            hidden = self.mtp_state(k, ids.roll(-k, 1), hidden, ctx)
+            found.append(hidden)
+        return found
+
+    def mtp_state(self, k: int, later: Tensor, hidden: Tensor, ctx: Context) -> Tensor:
+        """The states of the k-th head alone, in any context; in a cache, of `mtp_layers`, its layer is the k-th.
+
+        Args:
+            k: which, from 1 on.
+            later: (B, T), at each position the token that stands k after it.
+            hidden: (B, T, D), states of the head before; of the method `hidden` for the first.
+            ctx: positions, and what may be seen of them.
+        """
+        turn = self.rotary.at(ctx.positions, ctx.extent, ctx.cached)
+        state: Tensor = self._heads()[k - 1](self.embedding(later), hidden, ctx, k - 1, turn)
+        return state
+
+    def mtp_layers(self) -> Sequence[KV]:
+        """What each head keeps of a token. Raises ConfigError for a model without heads."""
+        return [head.block.attention.cache_layer() for head in self._heads()]  # type: ignore[union-attr, operator]
+
+    def _heads(self) -> nn.ModuleList:
         if self.ahead is None:
             raise ConfigError(
                 "this deepseek_v3 has no heads for the tokens after the next: build it with n_ahead above 0, or load a checkpoint"
                 f" that holds model.layers.{self.config.n_layers}"
             )
-        if ctx.cached:
-            raise ConfigError("the heads for the tokens after the next read whole sequences: use a context without a cache")
-        turn = self.rotary.at(ctx.positions, ctx.extent)
-        found = []
-        for k, head in enumerate(self.ahead, 1):
-            # Over the end of one sequence the first tokens of another come in, where states mean nothing.
-            hidden = head(self.embedding(ids.roll(-k, 1)), hidden, ctx, self.config.n_layers + k - 1, turn)
-            found.append(hidden)
-        return found
+        return self.ahead
 
     def keys(self) -> dict[str, str | Entry]:
         out = super().keys()

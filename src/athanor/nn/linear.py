@@ -109,8 +109,33 @@ def _packed(x: Tensor, weight: Tensor) -> Tensor | None:
     return found.weight
 
 
+# A product of few rows as one operation, for compilers: into what is packed they cannot look.
+_LIBRARY = torch.library.Library("athanor", "FRAGMENT")
+_LIBRARY.define("few(Tensor x, Tensor weight, Tensor? bias) -> Tensor")
+
+
+def _few(x: Tensor, weight: Tensor, bias: Tensor | None) -> Tensor:
+    bias = None if bias is None else bias.to(x.dtype)
+    ready = _packed(x, weight)
+    return F.linear(x, weight.to(x.dtype), bias) if ready is None else _multiply(x.contiguous(), ready, bias)
+
+
+_LIBRARY.impl("few", _few, "CPU")
+_LIBRARY.impl("few", lambda x, weight, bias: x.new_empty((*x.shape[:-1], weight.shape[0])), "Meta")
+
+
+def _opaque(x: Tensor) -> bool:
+    """Whether a compiler is to see a product as one operation, since it may read what is packed."""
+    if _POINTWISE is None or not torch.compiler.is_compiling() or torch.is_grad_enabled():
+        return False
+    return x.device.type == "cpu" and compute_dtype(x) == torch.bfloat16
+
+
 def product(x: Tensor, weight: Tensor, bias: Tensor | None) -> Tensor:
     """What `linear` computes, without a gradient of its own: (..., I), (O, I), (O,) -> (..., O)."""
+    if _opaque(x):
+        out: Tensor = torch.ops.athanor.few(x.to(torch.bfloat16), weight, bias)
+        return out
     ready = _packed(x, weight)
     if ready is not None:
         return _multiply(x.to(torch.bfloat16).contiguous(), ready, None if bias is None else bias.to(torch.bfloat16))

@@ -61,6 +61,11 @@ class Rotary(nn.Module):
         self.cos, self.sin = self.cos.to(device), self.sin.to(device)
         return self
 
+    def reserve(self, extent: int) -> None:
+        """Make the tables long enough for positions below `extent`, so that they need not grow later."""
+        if extent > self.cos.shape[0]:
+            self._grow(extent)
+
     def at(self, positions: Tensor, extent: int, cached: bool = False) -> tuple[Tensor, Tensor]:
         """cos and sin for `positions` (B, T), as (B or 1, T, 1, K), to meet heads (B, T, H, K).
 

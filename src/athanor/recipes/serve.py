@@ -5,26 +5,22 @@ Example: `athanor serve runs/first --checkpoint int8 --port 8000`
 
 from __future__ import annotations
 
-import asyncio
 import os
 import signal
 import socket
 import sys
 from dataclasses import dataclass
 from pathlib import Path
-
-import uvicorn
-from fastapi import FastAPI
+from typing import Literal
 
 import athanor
 from athanor.core.device import Precision
 from athanor.core.errors import ConfigError
-from athanor.infer.speculative import NGram
-from athanor.serve import guard, page
+from athanor.infer import speculative
+from athanor.serve import guard, page, process
 from athanor.serve.app import Options, create_server
-from athanor.serve.models import Models, Served
+from athanor.serve.models import Served
 
-GRACE = 20  # seconds that answers in flight have to finish once the server is told to stop
 KEY = "ATHANOR_API_KEY"
 POSITIONAL = ("paths",)
 
@@ -49,12 +45,16 @@ class Config:
     """Length of a chat's answer where the client sets no limit, in tokens; by default what the context has left."""
     timeout: float | None = None
     """Seconds that an answer may take, waiting included, before it is given up (504)."""
+    grace: float = process.GRACE
+    """Seconds that unfinished answers still have once the server is told to stop (SIGTERM)."""
     access_log: Path | None = None
     """File to which every request is written as a line of JSON, without its texts."""
     precision: Precision = "fp32"
     """Of the matrix products: bf16 is faster, and on CPUs takes 2 bytes a weight more."""
-    guess: int = 0
-    """Tokens that are guessed to follow as they did earlier in a text, and checked together: changes speed, not answers."""
+    compile: bool = False
+    """Compile the step that decodes: takes minutes at the start, and on CPUs makes answers a third faster or more."""
+    guess: int | Literal["heads"] = 0
+    """Tokens guessed to follow as they did earlier in a text, or `heads`: by the model's own. Changes speed, not answers."""
 
 
 def main(config: Config) -> None:
@@ -64,14 +64,14 @@ def main(config: Config) -> None:
             raise ConfigError(f"{field} is {value}, but must be at least 1: raise it")
     if config.timeout is not None and not config.timeout > 0:
         raise ConfigError(f"timeout is {config.timeout:g}, but must be more than 0 seconds: raise it, or leave it out")
-    if config.guess < 0:
-        raise ConfigError(f"guess is {config.guess}, but must be 0 (nothing is guessed) or more")
+    if not 0 <= config.grace <= 86_400:
+        raise ConfigError(f"grace is {config.grace:g}, but must lie between 0 and 86400 seconds, a day: 20 is usual")
+    guessers = [speculative.by(config.guess) for _ in config.paths]  # one for each engine
     options = Options(config.max_queue, config.max_tokens, config.timeout, _keys(config), page.PUBLIC)
     with _listen(config.host, config.port) as listener, guard.access_to(config.access_log):
         lms = [athanor.load(path, config.checkpoint) for path in config.paths]
-        guesser = NGram(config.guess) if config.guess else None
-        how = {"max_batch": config.max_batch, "precision": config.precision, "guesser": guesser}
-        app = create_server([Served.of(lm, **how) for lm in lms], options)
+        how = {"max_batch": config.max_batch, "precision": config.precision, "compile": config.compile}
+        app = create_server([Served.of(lm, guesser=g, **how) for lm, g in zip(lms, guessers, strict=True)], options)
         page.install(app, page.run_of(lms[0].path))
         url = _url(listener)
         print(f"Serving {', '.join(repr(lm.name) for lm in lms)} at {url}/v1 (Ctrl-C stops), a page at {url}/. Try:\n")
@@ -79,7 +79,7 @@ def main(config: Config) -> None:
         if options.api_keys:
             print(f'    -H "Authorization: Bearer ${KEY}" \\')
         print(f'    -d \'{{"model": "{lms[0].name}", "messages": [{{"role": "user", "content": "Hello!"}}]}}\'\n', flush=True)
-        server = _Server(_settings(app))
+        server = process.Server(process.settings(app, config.grace), config.grace)
         # uvicorn raises the signal that stopped it once more at its end; being told to stop is no failure.
         before = {number: signal.signal(number, lambda *_: None) for number in (signal.SIGINT, signal.SIGTERM)}
         try:
@@ -88,28 +88,6 @@ def main(config: Config) -> None:
             for number, handler in before.items():
                 signal.signal(number, handler)
     print("Stopped.", file=sys.stderr)
-
-
-def _settings(app: FastAPI) -> uvicorn.Config:
-    """How it listens. Of uvicorn's two parsers, h11 bounds what it keeps of headers that do not end."""
-    return uvicorn.Config(
-        app,
-        log_level="warning",
-        timeout_graceful_shutdown=GRACE + 5,
-        http="h11",
-        h11_max_incomplete_event_size=2 * guard.MAX_HEADERS,
-        ws="none",
-        server_header=False,
-    )
-
-
-class _Server(uvicorn.Server):
-    """Gives answers in flight `GRACE` seconds; what is unfinished then ends with an error, not as if it were complete."""
-
-    async def shutdown(self, sockets: list[socket.socket] | None = None) -> None:
-        models: Models = self.config.app.state.models  # type: ignore[union-attr]  # `app` is our FastAPI
-        asyncio.get_running_loop().call_later(GRACE, models.stop)
-        await super().shutdown(sockets)
 
 
 def _keys(config: Config) -> tuple[str, ...]:

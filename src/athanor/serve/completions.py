@@ -47,17 +47,18 @@ class CompletionRequest(Sampling):
     """The body of POST /v1/completions."""
 
     INERT = frozenset({"user"})
-    UNSUPPORTED: ClassVar[Fields] = {"best_of": (1,), "suffix": ()}
+    UNSUPPORTED: ClassVar[Fields] = {"best_of": (1,), "num_beams": (1,), "suffix": ()}
 
     prompt: Prompts
     max_tokens: int = Field(16, ge=0, lt=2**31)
+    max_new_tokens: int | None = Field(None, ge=1, lt=2**31)  # transformers' name, which lm-eval sends beside max_tokens
     logprobs: int | None = Field(None, ge=0, le=MAX_LOGPROBS)
     echo: bool = False
 
     @property
     def limit(self) -> int:
         """New tokens at most, as the engine is asked for them: one, too, where only the prompt is wanted."""
-        return max(1, self.max_tokens)
+        return max(1, min(self.max_tokens, self.max_new_tokens or self.max_tokens))
 
     @property
     def told(self) -> int | None:
@@ -76,6 +77,8 @@ class CompletionRequest(Sampling):
 
     def check(self) -> None:
         super().check()
+        if self.max_new_tokens is not None and "max_tokens" not in self.model_fields_set:
+            raise RequestError("'max_new_tokens' only lowers 'max_tokens', which is missing: send that", "max_new_tokens")
         if not self.max_tokens and not self.echo:
             raise RequestError(
                 "'max_tokens' is 0, so there is no answer: ask for 1 at least, or for the prompt (echo)", "max_tokens"

@@ -2,9 +2,6 @@
 
 from __future__ import annotations
 
-import os
-import shutil
-import sys
 import time
 import warnings
 from collections.abc import Callable
@@ -12,7 +9,8 @@ from collections.abc import Callable
 import torch
 from torch import nn
 
-from athanor.core.errors import ConfigError, MissingExtraError
+from athanor.core.device import require_compiler
+from athanor.core.errors import ConfigError
 from athanor.train.checkpointing import Lean, stacks
 
 
@@ -35,12 +33,8 @@ def compile_blocks(model: nn.Module, first: Callable[[], object], backend: str =
         MissingExtraError: there is no C++ compiler, and blocks on a CPU need one.
     """
     found = [block for stack in stacks(model) for block in stack]
-    compiler = os.environ.get("CXX", "clang++" if sys.platform == "darwin" else "g++")
-    if backend == "inductor" and next(model.parameters()).device.type == "cpu" and shutil.which(compiler) is None:
-        raise MissingExtraError(
-            f"compiling on a CPU needs the C++ compiler {compiler!r}, which is not installed: install it (on Debian `apt install"
-            " g++`), name another in the environment variable CXX, or train without compiling"
-        )
+    if backend == "inductor":
+        require_compiler(next(model.parameters()).device, "train")
     if any(isinstance(block.forward, Lean) and block.forward.selective for block in found):
         raise ConfigError(
             "selective checkpointing looks at the operations of a block one by one, and a compiled block shows none:"

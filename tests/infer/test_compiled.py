@@ -1,0 +1,112 @@
+"""The compiled step: what it computes, for every family that it takes, and that it is compiled once."""
+
+import pytest
+import torch
+
+from athanor.core import device
+from athanor.core.errors import ConfigError, MissingExtraError
+from athanor.infer.compiled import Compiled
+from athanor.infer.engine import BLOCK, Engine
+from athanor.models import io
+from athanor.nn.paged import PagedCache
+from athanor.types import Request, SamplingParams
+from tests.infer.test_paths import COUNT, GENERATING, Letters, plain
+from tests.models.reference import config_of
+
+
+def build(case):
+    model = io.build(case[0], config_of(case), seed=0).eval()
+    generator = torch.Generator().manual_seed(0)
+    with torch.no_grad():
+        for name, p in model.named_parameters():
+            p.normal_(1.0 if "norm" in name and name.endswith("weight") else 0.0, 0.15, generator=generator)
+    return model
+
+
+def takes(case):
+    try:
+        model = build(case)
+        Compiled(model, PagedCache(model.cache_layers(), 2, BLOCK, 1, torch.float32, model.device), 32)
+    except ConfigError as error:
+        return str(error)
+    return ""
+
+
+FAMILIES = [case for case in GENERATING if not takes(case)]
+
+
+def answers(engine, prompts):
+    requests = [Request(str(i), p, SamplingParams(temperature=0, max_tokens=COUNT)) for i, p in enumerate(prompts)]
+    return engine.generate(requests)
+
+
+def prompts_of(model):
+    draw = torch.Generator().manual_seed(1)
+    return [torch.randint(3, model.config.vocab_size, (n,), generator=draw).tolist() for n in (1, 4, BLOCK, 40, 2 * BLOCK + 1)]
+
+
+def same(found, expected):
+    for answer, (ids, logprobs) in zip(found, expected, strict=True):
+        assert list(answer.ids) == ids
+        assert list(answer.logprobs) == pytest.approx(logprobs, abs=1e-5)
+
+
+@pytest.mark.parametrize("case", FAMILIES, ids="-".join)
+def test_it_computes_what_whole_passes_compute(case, monkeypatch):
+    """The function as it stands, which is what a compiler is given."""
+    monkeypatch.setattr(torch, "compile", lambda f, **options: f)
+    model = build(case)
+    prompts = prompts_of(model)
+    expected = [plain(model, prompt, COUNT) for prompt in prompts]
+    engine = Engine(model, Letters(model.config.vocab_size), compile=True)
+    same(answers(engine, prompts), expected)
+    same(answers(engine, prompts), expected)  # from what is in the cache
+    alone = Engine(model, Letters(model.config.vocab_size), compile=True, max_batch=1)
+    same(answers(alone, prompts), expected)
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("case", FAMILIES, ids="-".join)
+def test_a_compiler_sees_one_function_for_one_sequence_and_one_for_many(case, monkeypatch):
+    """No operation of any family ends the graph, and no number of sequences or blocks makes another one."""
+    graphs, real = [], torch.compile
+
+    def look(graph, inputs):
+        graphs.append(graph)
+        return graph.forward
+
+    monkeypatch.setattr(torch, "compile", lambda f, **options: real(f, backend=look, **options))
+    model = build(case)
+    prompts = prompts_of(model)
+    engine = Engine(model, Letters(model.config.vocab_size), compile=True)
+    made = len(graphs)
+    same(answers(engine, prompts), [plain(model, prompt, COUNT) for prompt in prompts])
+    same(answers(engine, prompts[:2]), [plain(model, prompt, COUNT) for prompt in prompts[:2]])
+    assert made == len(graphs) == 2
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("precision", ["fp32", "bf16"])
+def test_compiled_on_this_machine(model, tokenizer, prompts, precision):
+    plainly, compiled = (Engine(model, tokenizer, precision=precision, compile=on) for on in (False, True))
+    for some in (prompts, prompts[:1]):
+        expected = answers(plainly, some)
+        for found, answer in zip(answers(compiled, some), expected, strict=True):
+            if precision == "fp32":
+                assert found.ids == answer.ids
+            assert list(found.logprobs[:1]) == pytest.approx(answer.logprobs[:1], abs=1e-5 if precision == "fp32" else 0.02)
+
+
+@pytest.mark.parametrize(
+    ("name", "why"), [("t5", "reads a source"), ("rnn_lm", "keeps recurrent states"), ("mixtral", "sends tokens to experts")]
+)
+def test_families_whose_steps_are_not_compiled(name, why):
+    case = next(case for case in GENERATING if case[0] == name)
+    assert takes(case) == f"a {name} {why}, and such steps are not compiled: leave `compile` out"
+
+
+def test_without_a_compiler(model, tokenizer, monkeypatch):
+    monkeypatch.setenv("CXX", "no-such-compiler")
+    with pytest.raises(MissingExtraError, match=r"needs the C\+\+ compiler 'no-such-compiler'.*or generate without compiling"):
+        Engine(model, tokenizer, compile=True)
+    assert device.require_compiler(torch.device("cuda"), "generate") is None
