@@ -5,6 +5,8 @@ mixed   64 requests, prompts and answers of 32..256 tokens: the engine beside st
 prefix  time to the first token of a second request whose first 1,000 tokens are those of one before
 memory  of the cache that nothing stands in, while the mixed requests run
 
+llama.cpp runs beside where ATHANOR_LLAMACPP names its library (`inference/llamacpp.py`).
+
 The sides have the same weights (through a file), bfloat16 on both, live in one process with the same threads and take turns. A
 ratio is the median of the ratios of the rounds. Before anything is timed, both must give the same logits.
 """
@@ -13,15 +15,19 @@ from __future__ import annotations
 
 import argparse
 import importlib.util
+import os
 import statistics
 import sys
 import tempfile
+import time
 from collections.abc import Mapping, Sequence
+from contextlib import ExitStack
 from importlib import metadata
 from pathlib import Path
 from typing import Any
 
 import torch
+from inference import llamacpp
 from inference.requests import Mix
 from inference.sides import Ours, Static, Theirs, continuous, models
 from training.rounds import ratio
@@ -52,6 +58,9 @@ def single(sides: dict[str, Any], rounds: int, prompt: int, new: int) -> dict[st
     """Tokens per second of one request."""
     ids = Mix(1, 0).ids(prompt, sides["ours"].vocab_size)
     contenders = {f"athanor {kind}": lambda side=side: side.single(ids, new) for kind, side in sides["kinds"].items()}
+    contenders |= {
+        f"llama.cpp {kind}": lambda side=side: side.single(ids, new) for kind, side in sides.get("llama.cpp", {}).items()
+    }
     contenders["transformers bf16"] = lambda: sides["theirs"].single(ids, new)
     for run in contenders.values():
         run()  # what is prepared once is not timed
@@ -62,7 +71,10 @@ def single(sides: dict[str, Any], rounds: int, prompt: int, new: int) -> dict[st
 def mixed(sides: dict[str, Any], rounds: int, count: int, low: int, high: int, sizes: Sequence[int]) -> dict[str, Any]:
     """Useful tokens per second of many requests at once."""
     requests = Mix(count, 1).requests(low, high, sides["ours"].vocab_size)
-    contenders: dict[str, Any] = {"athanor bf16": lambda: sides["ours"].mixed(requests)}
+    ours = {name: side for name, side in sides["kinds"].items() if name.startswith("bf16")}
+    contenders: dict[str, Any] = {f"athanor {name}": lambda side=side: side.mixed(requests) for name, side in ours.items()}
+    theirs = sides.get("llama.cpp", {})
+    contenders |= {f"llama.cpp {kind}": lambda side=side: side.mixed(requests) for kind, side in theirs.items()}
     for size in sizes:
         contenders[f"transformers, static batches of {size}"] = lambda size=size: Static(sides["theirs"], size).mixed(requests)
     contenders["transformers, generate_batch"] = lambda: continuous(sides["theirs"], requests)
@@ -110,6 +122,7 @@ def arguments(argv: Sequence[str] | None) -> argparse.Namespace:
     parser.add_argument("--requests", type=int, default=64, help="mixed requests (default %(default)d)")
     parser.add_argument("--range", type=int, nargs=2, default=(32, 256), help="tokens of their prompts and answers")
     parser.add_argument("--batches", type=int, nargs="+", default=[8, 16, 32], help="sizes of transformers' static batches")
+    parser.add_argument("--compiled", action="store_true", help="also engines whose step is compiled, which takes minutes")
     parser.add_argument("--json", type=Path, metavar="PATH", help="also write everything that was measured there")
     options = parser.parse_args(argv)
     if min(options.batches) < 1 or options.rounds < 1 or options.requests < 1 or not 1 <= options.range[0] <= options.range[1]:
@@ -123,9 +136,17 @@ def run(options: argparse.Namespace) -> dict[str, Any]:
     for key, value in facts.items():
         print(f"{key:<14}{value}")
     results: dict[str, Any] = {"machine": facts, "shape": options.shape}
-    with tempfile.TemporaryDirectory() as folder:
+    with tempfile.TemporaryDirectory() as folder, ExitStack() as stack:
         ours, theirs, kinds = models(SHAPES[options.shape], Path(folder))
-        sides = {"ours": Ours(ours), "theirs": Theirs(theirs), "kinds": {kind: Ours(m) for kind, m in kinds.items()}}
+        engines = {kind: Ours(m) for kind, m in kinds.items()}
+        sides = {"ours": engines["bf16"], "theirs": Theirs(theirs), "kinds": engines}
+        if options.compiled:
+            start = time.perf_counter()
+            sides["kinds"] |= {f"{kind} compiled": Ours(m, compile=True) for kind, m in kinds.items()}
+            results["compiling"] = time.perf_counter() - start
+            print(f"{'compiling':<14}{results['compiling']:.0f} s for {len(kinds)} engines")
+        if llamacpp.VARIABLE in os.environ:
+            sides["llama.cpp"] = stack.enter_context(llamacpp.sides(ours, Path(folder), torch.get_num_threads()))
         print(f"{'parameters':<14}{ours.n_parameters():,}", flush=True)
         if "single" in options.parts:
             results["single"] = single(sides, options.rounds, 128, 128)

@@ -35,7 +35,7 @@ LIBRARIES = "@node-llama-cpp/linux-x64/bins/linux-x64"
 INSTALL = "npm install --prefix build/llamacpp @node-llama-cpp/linux-x64@3.22.1"
 # Largest difference of logits by kind of file, as a share of their spread: what `sides.py` allows, and twice that where llama.cpp
 # rounds activations to blocks of 8 bits, which the model with the file's weights does not.
-TOLERANCES: dict[_gguf.Kind, float] = {"f16": 0.1, "q8_0": 0.2, "q4_0": 0.2}
+TOLERANCES: dict[_gguf.Kind, float] = {"bf16": 0.1, "q8_0": 0.2, "q4_0": 0.2}
 SEQUENCES = 64  # that run at once: as many as the engine's
 
 # Structures of parameters are passed by value and only their first fields are touched: room for more than there are.

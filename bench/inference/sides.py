@@ -18,6 +18,7 @@ from athanor.types import Request, SamplingParams
 from inference.requests import Ask
 
 TOLERANCE = 0.1  # of the spread of the logits, in bfloat16
+CACHE = 64 * 528  # tokens: 64 of the longest mixed requests
 
 
 class NoText:
@@ -62,9 +63,9 @@ def to_bfloat16(model: torch.nn.Module) -> None:
 class Ours:
     """The engine over one model."""
 
-    def __init__(self, model: Any) -> None:
+    def __init__(self, model: Any, **options: Any) -> None:
         self.vocab_size = model.config.vocab_size
-        self.engine = Engine(model, NoText(), precision="bf16")  # type: ignore[arg-type]  # all that is asked of it
+        self.engine = Engine(model, NoText(), precision="bf16", cache_tokens=CACHE, **options)  # type: ignore[arg-type]  # all that is asked of it
         self.waste = 0.0
         self._number = 0
 

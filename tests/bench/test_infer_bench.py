@@ -17,7 +17,8 @@ def bench(monkeypatch):
     return importlib.import_module("infer")
 
 
-def test_every_part_beside_transformers(bench, tmp_path, capsys):
+def test_every_part_beside_transformers(bench, tmp_path, capsys, monkeypatch):
+    monkeypatch.delenv("ATHANOR_LLAMACPP", raising=False)
     path = tmp_path / "found.json"
     small = ["--shape", "tiny", "--rounds", "1", "--requests", "4", "--range", "4", "12", "--batches", "2", "--json", str(path)]
     assert bench.main(small) == 0

@@ -3,6 +3,7 @@
 import pytest
 import torch
 
+from athanor.compress.apply import compress
 from athanor.core import device
 from athanor.core.errors import ConfigError, MissingExtraError
 from athanor.infer.compiled import Compiled
@@ -86,8 +87,10 @@ def test_a_compiler_sees_one_function_for_one_sequence_and_one_for_many(case, mo
 
 
 @pytest.mark.slow
-@pytest.mark.parametrize("precision", ["fp32", "bf16"])
-def test_compiled_on_this_machine(model, tokenizer, prompts, precision):
+@pytest.mark.filterwarnings("ignore:.torch.jit.script_method. is deprecated:DeprecationWarning")  # of PyTorch's own compiler
+@pytest.mark.parametrize(("precision", "bits"), [("fp32", 0), ("bf16", 0), ("bf16", 8), ("bf16", 4)])
+def test_compiled_on_this_machine(model, tokenizer, prompts, precision, bits):
+    model = compress(model, bits) if bits else model
     plainly, compiled = (Engine(model, tokenizer, precision=precision, compile=on) for on in (False, True))
     for some in (prompts, prompts[:1]):
         expected = answers(plainly, some)

@@ -23,7 +23,7 @@ from athanor.tokenizer import bpe, llama2c
 from athanor.tokenizer.template import TEMPLATE
 from tests.models import llamacpp
 
-KINDS = ("f32", "f16", "q8_0", "q4_0")
+KINDS = ("f32", "f16", "bf16", "q8_0", "q4_0")
 SHAPE = {
     "vocab_size": 320,
     "hidden_size": 256,
@@ -92,9 +92,9 @@ VARIANTS = {
 # The same models without them.
 PLAIN = {CONFIGS[name]().model_type: CONFIGS[name].keywords for name in ("llama", "qwen2", "phi3", "gemma2", "gemma3")}
 # Bounds of the root mean square of the difference in logits, in units of the logits' standard deviation.
-# f32: summation order. Elsewhere llama.cpp rounds the activations too: to float16 where the weights are, and to blocks of 8 bits
+# f32: summation order. Elsewhere llama.cpp rounds the activations too: to 16 bits where the weights are, and to blocks of 8 bits
 # where they are in blocks; the reference has the rounded weights only.
-BOUNDS = {"f32": 1e-5, "f16": 2e-3, "q8_0": 4e-2, "q4_0": 4e-2}
+BOUNDS = {"f32": 1e-5, "f16": 2e-3, "bf16": 2e-2, "q8_0": 4e-2, "q4_0": 4e-2}
 GELU_BOUND = 1e-3  # of f32 where ggml looks GELU up in a table of float16
 
 
@@ -483,7 +483,7 @@ def test_what_has_no_whole_blocks_is_f16_and_a_note_says_so(tmp_path, kind):
     assert types["blk.0.ffn_down.weight"] == ("F16" if blocks else kind.upper())  # rows of 48
     shown = "blk.0.ffn_down.weight, blk.1.ffn_down.weight"
     assert notes == ((f"{shown}: f16 instead of {kind}, because their rows are no multiple of 32",) if blocks else ())
-    assert _strings(tmp_path / "model.gguf", "general.file_type") == {"f32": 0, "f16": 1, "q4_0": 2, "q8_0": 7}[kind]
+    assert _strings(tmp_path / "model.gguf", "general.file_type") == {"f32": 0, "f16": 1, "q4_0": 2, "q8_0": 7, "bf16": 32}[kind]
 
 
 def test_a_long_list_in_a_note_is_cut(tmp_path):
@@ -700,7 +700,7 @@ def test_models_that_llamacpp_would_compute_otherwise_are_refused(tmp_path, fiel
 
 
 def test_an_unknown_kind(tmp_path):
-    with pytest.raises(ConfigError, match=r"kind \('q8'\) must be one of f32, f16, q8_0, q4_0; did you mean 'q8_0'\?"):
+    with pytest.raises(ConfigError, match=r"kind \('q8'\) must be one of f32, f16, bf16, q8_0, q4_0; did you mean 'q8_0'\?"):
         _gguf.write(tmp_path / "model.gguf", TINY, [], None, "q8")
 
 

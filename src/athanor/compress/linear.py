@@ -13,6 +13,26 @@ from athanor.nn.norms import compute_dtype
 _FEW_ROWS = {8: 16, 4: 64}
 
 
+def _by_rows(x: Tensor, codes: Tensor, scale: Tensor) -> Tensor:
+    """x (..., K) W^T with a scale for each row of W, (N, 1)."""
+    width, factor = x.shape[-1], scale[:, 0].to(x.dtype)
+    kernel = x.dtype == torch.bfloat16 and x.device.type == "cpu" and not x.requires_grad
+    # The kernel checks little: it reads past the end of odd widths.
+    if kernel and width % 32 == 0 and x.numel() <= _FEW_ROWS[8] * width:
+        return torch._weight_int8pack_mm(x.reshape(-1, width).contiguous(), codes, factor).view(*x.shape[:-1], len(codes))
+    if x.numel() > width**2 or x.dtype == torch.float16:  # x q^T could leave the range of float16
+        return F.linear(x, rtn.dequantise(codes, scale).to(x.dtype))
+    # Whole numbers up to 128 are exact in every other dtype, so a row's scale may wait for the product while that is smaller.
+    return F.linear(x, codes.to(x.dtype)).mul_(factor)
+
+
+# PyTorch's compiler does not compile its own product of 8 bits: it is to see one operation.
+_LIBRARY = torch.library.Library("athanor", "FRAGMENT")
+_LIBRARY.define("by_rows(Tensor x, Tensor codes, Tensor scale) -> Tensor")
+_LIBRARY.impl("by_rows", _by_rows, "CompositeExplicitAutograd")
+_LIBRARY.impl("by_rows", lambda x, codes, scale: x.new_empty((*x.shape[:-1], codes.shape[0])), "Meta")
+
+
 class QuantLinear(nn.Module):
     """y = x W^T + b where W = q scale is held as whole numbers of 8 or 4 bits (see `rtn.quantise`); called as nn.Linear is.
 
@@ -62,36 +82,29 @@ class QuantLinear(nn.Module):
 
     def forward(self, x: Tensor) -> Tensor:  # (..., K) -> (..., N)
         x = x.to(compute_dtype(x))
-        y = self._packed(x) if self._suits(x) else self._whole(x)
+        if self.group is None:
+            whole = torch.compiler.is_compiling() and not torch.is_grad_enabled()
+            y: Tensor = (torch.ops.athanor.by_rows if whole else _by_rows)(x, self.codes, self.weight_scale)
+        elif self.bits == 4 and self._suits(x):
+            y = self._packed(x, self.group)
+        else:
+            y = F.linear(x, self.dequantised().to(x.dtype))
         return y if self.bias is None else y + self.bias.to(y.dtype)
 
-    def _whole(self, x: Tensor) -> Tensor:
-        many = x.numel() > self.in_features**2
-        if self.group or many or x.dtype == torch.float16:  # x q^T could leave the range of float16
-            return F.linear(x, self.dequantised().to(x.dtype))
-        # Whole numbers up to 128 are exact in every other dtype, so a row's scale may wait for the product while that is smaller.
-        return F.linear(x, self.codes.to(x.dtype)).mul_(self.weight_scale[:, 0].to(x.dtype))
-
     def _suits(self, x: Tensor) -> bool:
-        """Whether torch's kernels take x. They check little: the one for 8 bits reads past the end of odd widths."""
+        """Whether torch's kernel for 4 bits takes x."""
         if x.dtype != torch.bfloat16 or x.device.type != "cpu" or x.requires_grad:
             return False
-        shape = self.group is None and self.in_features % 32 == 0 if self.bits == 8 else self.out_features % 16 == 0
-        return shape and x.numel() <= _FEW_ROWS[self.bits] * self.in_features
+        return self.out_features % 16 == 0 and x.numel() <= _FEW_ROWS[4] * self.in_features
 
-    def _packed(self, x: Tensor) -> Tensor:
+    def _packed(self, x: Tensor, group: int) -> Tensor:
+        if self._reordered is None:
+            codes = torch._convert_weight_to_int4pack_for_cpu(rtn.integers(self.codes).int() + 8, 1)
+            scale = self.weight_scale.t().to(x.dtype)
+            self._reordered = codes, torch.stack((scale, torch.zeros_like(scale)), -1)
         rows = x.reshape(-1, self.in_features).contiguous()
-        if self.bits == 8:
-            y = torch._weight_int8pack_mm(rows, self.codes, self.weight_scale[:, 0].to(x.dtype))
-        else:
-            assert self.group is not None, "4 bits always have groups"
-            if self._reordered is None:
-                codes = torch._convert_weight_to_int4pack_for_cpu(rtn.integers(self.codes).int() + 8, 1)
-                scale = self.weight_scale.t().to(x.dtype)
-                self._reordered = codes, torch.stack((scale, torch.zeros_like(scale)), -1)
-            codes, scale_and_zero = self._reordered
-            y = torch._weight_int4pack_mm_for_cpu(rows, codes, self.group, scale_and_zero)
-        return y.view(*x.shape[:-1], self.out_features)
+        codes, scale_and_zero = self._reordered
+        return torch._weight_int4pack_mm_for_cpu(rows, codes, group, scale_and_zero).view(*x.shape[:-1], self.out_features)
 
     def extra_repr(self) -> str:
         return f"{self.in_features}, {self.out_features}, bits={self.bits}, group={self.group}, bias={self.bias is not None}"

@@ -21,7 +21,8 @@ from athanor.nn.positions import Rotary
 _BLOCKS = 2
 
 
-def _refusal(model: CausalLM | EncoderDecoder) -> str:
+def refusal(model: CausalLM | EncoderDecoder) -> str:
+    """Why one step of a model is not the same few operations for every token; "" where it is."""
     if isinstance(model, EncoderDecoder):
         return "reads a source"
     if not all(isinstance(layer, KV) for layer in model.cache_layers()):
@@ -46,7 +47,7 @@ class Compiled:
     """
 
     def __init__(self, model: CausalLM | EncoderDecoder, cache: PagedCache, max_len: int) -> None:
-        if why := _refusal(model):
+        if why := refusal(model):
             raise ConfigError(f"a {model.model_type} {why}, and such steps are not compiled: leave `compile` out")
         require_compiler(model.device, "generate")
         for module in model.modules():

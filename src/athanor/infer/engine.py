@@ -54,9 +54,12 @@ class Engine:
             for each; in bf16 only.
         guesser: who guesses tokens that one step then checks together (`speculative.py`); None guesses nothing.
         compile: whether the step that decodes is compiled (`compiled.py`): a minute now, for 1.2 times the speed or more on CPUs.
+        deterministic: whether an answer is the same to the last bit whatever else is answered, its prompt in parts or at once,
+            from the cache or not; several times slower.
 
     Raises:
-        ConfigError: a number out of range; a cache that does not hold one sequence.
+        ConfigError: a number out of range; a cache that does not hold one sequence; a model for which `compile` or
+            `deterministic` is not to be had.
     """
 
     def __init__(
@@ -73,6 +76,7 @@ class Engine:
         packed: bool = True,
         guesser: Guesser | None = None,
         compile: bool = False,
+        deterministic: bool = False,
     ) -> None:
         context = getattr(model.config, "cached_positions", model.config.max_positions)
         if max_batch < 1:
@@ -100,7 +104,9 @@ class Engine:
         share = share and not self._start and all(isinstance(layer, KV) for layer in layers)
         blocks = Blocks(self._count(model, max_batch, precision, cache_tokens), BLOCK, share=share)
         self.scheduler = Scheduler(blocks, max_batch, max(step_tokens, max_batch))
-        self.runner = Runner(model, blocks.count + 1, BLOCK, max_batch, precision)
+        if compile and deterministic:
+            raise ConfigError("an engine is compiled or deterministic: leave one of `compile` and `deterministic` out")
+        self.runner = Runner(model, blocks.count + 1, BLOCK, max_batch, precision, deterministic)
         self._packed = _products(model) if packed and precision == "bf16" else []
         if compile:
             self.runner.compile(self.max_len)

@@ -7,16 +7,18 @@ from itertools import accumulate, chain
 from typing import NamedTuple
 
 import torch
+import torch.nn.functional as F
 from torch import Tensor
 
 from athanor.core.device import Precision, autocast
-from athanor.infer.compiled import Compiled
+from athanor.core.errors import ConfigError
+from athanor.infer.compiled import Compiled, refusal
 from athanor.models.base import CausalLM, EncoderDecoder
 from athanor.nn.context import Memory, Packed
 from athanor.nn.paged import Paged, PagedCache, Sources
 
 # In bf16, rows that no sequence owns are read along up to a multiple of this: few shapes, for each of which oneDNN
-# prepares code.
+# prepares code. A deterministic pass has as many.
 _ROWS = 16
 
 
@@ -48,12 +50,26 @@ class Runner:
         size: tokens of a block.
         slots: sequences at once.
         precision: of the matrix products.
+        deterministic: whether every token is computed in shapes that do not depend on what else is computed.
+
+    Raises:
+        ConfigError: a deterministic one of a model that cannot be.
     """
 
     def __init__(
-        self, model: CausalLM | EncoderDecoder, blocks: int, size: int, slots: int, precision: Precision = "fp32"
+        self,
+        model: CausalLM | EncoderDecoder,
+        blocks: int,
+        size: int,
+        slots: int,
+        precision: Precision = "fp32",
+        deterministic: bool = False,
     ) -> None:
-        self.model, self.precision = model, precision
+        if deterministic and (why := refusal(model)):
+            raise ConfigError(
+                f"a {model.model_type} {why}, with whom its numbers change in their last bits: leave `deterministic` out"
+            )
+        self.model, self.precision, self.deterministic = model, precision, deterministic
         dtype = torch.bfloat16 if precision == "bf16" else torch.float32
         self.cache = PagedCache(model.cache_layers(), blocks, size, slots + 1, dtype, model.device)
         self._idle_slot = slots
@@ -83,7 +99,7 @@ class Runner:
         for single in (True, False):
             some = [i for i, p in enumerate(parts) if same[i] == i and (len(p.tokens) == 1 and p.source is None) == single]
             if some:
-                found.append(self._pass([parts[i] for i in some]))
+                found.append((self._slabs if self.deterministic else self._pass)([parts[i] for i in some]))
                 for i in some:
                     places[i] = range(rows, rows := rows + parts[i].wanted)
         copies = [(parts[a], parts[i]) for i, a in enumerate(same) if a != i]
@@ -112,10 +128,23 @@ class Runner:
     def logits(self, hidden: Tensor) -> Tensor:
         """(N, D) -> (N, V) float32."""
         rows = hidden.shape[0]
+        if self.deterministic and rows != _ROWS:
+            whole = F.pad(hidden, (0, 0, 0, -rows % _ROWS))
+            return torch.cat([self.logits(slab) for slab in whole.split(_ROWS)])[:rows]
         with autocast(self.model.device, self.precision):
             if self.precision == "bf16" and rows > _ROWS and rows % _ROWS:
                 hidden = torch.cat((hidden, hidden.new_zeros(-rows % _ROWS, hidden.shape[1])))
             return self.model.logits(hidden)[:rows].float()
+
+    def _slabs(self, parts: Sequence[Part]) -> Tensor:
+        """What `_pass` gives, token by token, so many at a time that every product has the same shape, and no part a company."""
+        singles: list[Part] = []
+        for part in parts:
+            unwanted = len(part.tokens) - part.wanted
+            for i, token in enumerate(part.tokens):
+                singles.append(Part((token,), part.start + i, part.table, part.slot, int(i >= unwanted)))
+        singles += [Part((0,), 0, (0,), self._idle_slot, 0)] * (-len(singles) % _ROWS)
+        return torch.cat([self._pass(singles[i : i + _ROWS]) for i in range(0, len(singles), _ROWS)])
 
     def _pass(self, parts: list[Part]) -> Tensor:
         device, single = self.model.device, len(parts[0].tokens) == 1
@@ -133,7 +162,7 @@ class Runner:
                 return self.compiled(ids, tables, starts)[:rows]
             if self.sources is not None:
                 self._read_sources(parts)
-            ctx = Paged(self.cache, tables, starts, torch.tensor(lengths, device=device), slots, self.sources)
+            ctx = Paged(self.cache, tables, starts, torch.tensor(lengths, device=device), slots, self.sources, self.deterministic)
             hidden = self.model.hidden(ids, ctx)[0]
         ends = accumulate(lengths)
         wanted = [i for part, end in zip(parts, ends, strict=True) for i in range(end - part.wanted, end)]

@@ -27,11 +27,17 @@ from athanor.models._gguf_fields import Form, Shape
 if TYPE_CHECKING:
     import gguf
 
-Kind = Literal["f32", "f16", "q8_0", "q4_0"]
+Kind = Literal["f32", "f16", "bf16", "q8_0", "q4_0"]
 # Largest magnitude by kind: a float16 holds 65504, and in a block's scale it stands for 127 or 8 steps.
-_LARGEST: dict[Kind, float] = {"f32": float("inf"), "f16": 65504.0, "q8_0": 65504.0 * 127, "q4_0": 65504.0 * 8}
+_LARGEST: dict[Kind, float] = {"f32": float("inf"), "f16": 65504.0, "bf16": 3.3895e38, "q8_0": 65504.0 * 127, "q4_0": 65504.0 * 8}
 _BLOCKS = ("q8_0", "q4_0")
-_FILE_TYPES: dict[Kind, str] = {"f32": "ALL_F32", "f16": "MOSTLY_F16", "q8_0": "MOSTLY_Q8_0", "q4_0": "MOSTLY_Q4_0"}
+_FILE_TYPES: dict[Kind, str] = {
+    "f32": "ALL_F32",
+    "f16": "MOSTLY_F16",
+    "bf16": "MOSTLY_BF16",
+    "q8_0": "MOSTLY_Q8_0",
+    "q4_0": "MOSTLY_Q4_0",
+}
 # Tables that follow from config.json, in old files.
 _BUFFERS = re.compile(r"(.*\.)?(rotary_emb\.inv_freq|h\.\d+\.attn\.(bias|masked_bias))")
 _EXPERT = re.compile(r"(?<=\.experts)\.(\d+)(?=\.)")
@@ -44,7 +50,7 @@ def write(
 ) -> tuple[str, ...]:
     """Write a model as one GGUF file, atomically; return notes on what llama.cpp will do otherwise than the model.
 
-    Matrices become `kind`: "f32" or "f16" values, or blocks of 32 neighbours in a row as "q8_0" (a float16 scale and 8 bits
+    Matrices become `kind`: values of "f32", "f16" or "bf16", or blocks of 32 neighbours as "q8_0" (a float16 scale and 8 bits
     each) or "q4_0" (a scale and 4 bits each). Vectors, the router of a mixture of experts and learned positions stay float32,
     as llama.cpp has them; rows that are no multiple of 32 become float16 in the two block formats, and a note says so.
 

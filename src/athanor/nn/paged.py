@@ -14,6 +14,7 @@ from collections.abc import Iterator, Sequence
 from typing import NamedTuple
 
 import torch
+import torch.nn.functional as F
 from torch import Tensor
 
 from athanor.nn.cache import KV, Layer, State, Store
@@ -131,6 +132,8 @@ class Paged:
         lengths: (S,) new tokens of each sequence, at least one.
         slots: (S,) slot of each sequence's recurrent state and source; only for models that have one.
         sources: for encoder-decoders.
+        steady: whether what a token sees is computed by itself, in shapes that nobody else's length changes, so that its bits do
+            not either; for single tokens.
     """
 
     cached = True
@@ -143,8 +146,9 @@ class Paged:
         lengths: Tensor,
         slots: Tensor | None = None,
         sources: Sources | None = None,
+        steady: bool = False,
     ) -> None:
-        device = lengths.device
+        device, self._steady = lengths.device, steady
         self._cache, self._starts, self._lengths, self._slots, self._sources = cache, starts, lengths, slots, sources
         longest = int(lengths.max())
         self.extent = int((starts + lengths).max())
@@ -162,7 +166,7 @@ class Paged:
         self._across: Rectangle | None = None
         self._whole: Packed | None = None
         if self._single:
-            self._groups = [*self._grouped()]
+            self._groups = [*(self._each() if steady else self._grouped())]
             return
         if not int(starts.max()):
             self._whole = Packed(lengths)  # nothing to read
@@ -187,12 +191,20 @@ class Paged:
             yield self._group(which, self._starts[which], self._tables[which])
             del order[-some:]
 
-    def _group(self, which: Tensor | None, starts: Tensor, tables: Tensor) -> _Group:
+    def _each(self) -> Iterator[_Group]:
+        """Every sequence by itself; what is read is filled up to a power of two of blocks, as shapes are prepared one by one."""
+        for i, start in enumerate(self._starts.tolist()):
+            blocks = 1 << (start // self._cache.size).bit_length()
+            table = F.pad(self._tables[i, :blocks], (0, max(0, blocks - self._tables.shape[1])))
+            which = torch.tensor([i], device=self._starts.device)
+            yield self._group(which, self._starts[i : i + 1], table[None], blocks)
+
+    def _group(self, which: Tensor | None, starts: Tensor, tables: Tensor, blocks: int = 0) -> _Group:
         size, device = self._cache.size, starts.device
         extent = self.extent if which is None else int(starts.max()) + 1
-        read = tables[:, : -(-extent // size)].flatten()
+        read = tables[:, : blocks or -(-extent // size)].flatten()
         first = None
-        if len(starts) == 1 and device.type == "cpu":
+        if len(starts) == 1 and device.type == "cpu" and not self._steady:
             first = int(read[0])
             if not torch.equal(read, torch.arange(first, first + len(read))):
                 first = None

@@ -26,7 +26,7 @@ from athanor.models import _gguf
 
 POSITIONAL = ("path",)
 # Of GGUF files read back, by kind: the largest root mean square difference of logits, as a share of their standard deviation.
-_ALLOWED = {"f32": 1e-3, "f16": 1e-2, "q8_0": 0.1, "q4_0": 1.0}
+_ALLOWED = {"f32": 1e-3, "f16": 1e-2, "bf16": 3e-2, "q8_0": 0.1, "q4_0": 1.0}
 
 
 @dataclass(frozen=True)
@@ -39,7 +39,7 @@ class Config:
     """The new folder or file; by default beside the checkpoint."""
     checkpoint: str | None = None
     """Which checkpoint of a run folder: base, sft, rl, int8, int4 ...; by default the run's own choice."""
-    kind: Literal["f32", "f16", "q8_0", "q4_0"] = "f16"
+    kind: Literal["f32", "f16", "bf16", "q8_0", "q4_0"] = "f16"
     """Of the matrices in a GGUF file."""
 
 

@@ -53,6 +53,8 @@ class Config:
     """Of the matrix products: bf16 is faster, and on CPUs takes 2 bytes a weight more."""
     compile: bool = False
     """Compile the step that decodes: takes minutes at the start, and on CPUs makes answers a third faster or more."""
+    deterministic: bool = False
+    """The same answer to the last bit, whatever else is answered or in the cache: several times slower."""
     guess: int | Literal["heads"] = 0
     """Tokens guessed to follow as they did earlier in a text, or `heads`: by the model's own. Changes speed, not answers."""
 
@@ -70,7 +72,7 @@ def main(config: Config) -> None:
     options = Options(config.max_queue, config.max_tokens, config.timeout, _keys(config), page.PUBLIC)
     with _listen(config.host, config.port) as listener, guard.access_to(config.access_log):
         lms = [athanor.load(path, config.checkpoint) for path in config.paths]
-        how = {"max_batch": config.max_batch, "precision": config.precision, "compile": config.compile}
+        how = {name: getattr(config, name) for name in ("max_batch", "precision", "compile", "deterministic")}
         app = create_server([Served.of(lm, guesser=g, **how) for lm, g in zip(lms, guessers, strict=True)], options)
         page.install(app, page.run_of(lms[0].path))
         url = _url(listener)

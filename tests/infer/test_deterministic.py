@@ -1,0 +1,89 @@
+"""The deterministic engine: bit for bit the same, whoever else is answered and whatever is in the cache."""
+
+from dataclasses import replace
+
+import pytest
+import torch
+
+from athanor.core.errors import ConfigError
+from athanor.infer.engine import BLOCK, Engine
+from athanor.models import gemma, gpt2, io, llama
+from athanor.types import Request, SamplingParams
+from tests.infer.test_paths import GENERATING, Letters
+from tests.models.reference import config_of
+
+COUNT = 20
+CONFIGS = {
+    "llama": llama.Config(512, 192, 2, 6, 2, 500, max_positions=256),
+    "gpt2": gpt2.Config(512, 192, 2, 6, 256, 768),
+    "gemma": gemma.Config(512, 192, 2, 6, 2, 512, max_positions=256, version=2, head_dim=32, window=24, attention_softcap=30.0),
+}
+
+
+@pytest.fixture(scope="module", params=[(n, p) for n in CONFIGS for p in ("fp32", "bf16")], ids="-".join)
+def case(request):
+    """An engine maker, prompts that begin alike, and what the engine answers to each alone."""
+    name, precision = request.param
+    model = io.build(name, CONFIGS[name], seed=0).eval()
+    generator = torch.Generator().manual_seed(0)
+    with torch.no_grad():
+        for key, p in model.named_parameters():
+            p.normal_(1.0 if "norm" in key and key.endswith("weight") else 0.0, 0.1, generator=generator)
+    draw = torch.Generator().manual_seed(1)
+
+    def text(n):
+        return torch.randint(3, 512, (n,), generator=draw).tolist()
+
+    def make(**options):
+        return Engine(model, Letters(512), precision=precision, deterministic=True, **options)
+
+    shared = text(2 * BLOCK + 3)
+    prompts = [[*shared, *text(5)], text(4), [*shared, *text(9)], text(BLOCK), shared[: BLOCK + 1], text(70)]
+    return make, prompts, [answers(make(), [prompt])[0] for prompt in prompts]
+
+
+def answers(engine, prompts):
+    """What comes out of each, greedy or drawn. The longest asks for log-probabilities of its prompt."""
+    told = max(prompts, key=len) if len(prompts) > 1 or len(prompts[0]) == 70 else None
+    params = [SamplingParams(temperature=t, seed=i, max_tokens=COUNT) for i, t in enumerate((0, 1, 0.7))]
+    requests = [
+        Request(str(i), p, replace(params[len(p) % 3], prompt_logprobs=0 if p is told else None)) for i, p in enumerate(prompts)
+    ]
+    return [(a.ids, a.logprobs, [t and t.logprob for t in a.prompt_logprobs or ()]) for a in engine.generate(requests)]
+
+
+@pytest.mark.parametrize(
+    "options",
+    [
+        {},
+        {"max_batch": 3},
+        {"step_tokens": 7, "max_batch": 4},
+        {"share": False},
+        {"cache_tokens": 8 * BLOCK, "max_len": 8 * BLOCK - 1},
+    ],
+    ids=str,
+)
+def test_batched_is_alone_and_cached_is_cold(case, options):
+    make, prompts, alone = case
+    engine = make(**options)
+    assert answers(engine, prompts) == alone
+    assert answers(engine, prompts[::-1])[::-1] == alone
+    stats = engine.stats()
+    assert stats.prefix_hits > 0 or not engine.scheduler.blocks.share
+    assert stats.preemptions > 0 or "cache_tokens" not in options
+
+
+@pytest.mark.parametrize(
+    ("name", "why"), [("t5", "reads a source"), ("rnn_lm", "keeps recurrent states"), ("mixtral", "sends tokens")]
+)
+def test_families_that_are_not(name, why):
+    model = io.build(name, config_of(next(case for case in GENERATING if case[0] == name)), seed=0)
+    if name == "t5":
+        model.token_ids = replace(model.token_ids, decoder_start=1)
+    with pytest.raises(ConfigError, match=f"a {name} {why}.*with whom its numbers change.*leave `deterministic` out"):
+        Engine(model, Letters(model.config.vocab_size), deterministic=True)
+
+
+def test_not_compiled_too(model, tokenizer):
+    with pytest.raises(ConfigError, match="compiled or deterministic: leave one of `compile` and `deterministic` out"):
+        Engine(model, tokenizer, compile=True, deterministic=True)
