@@ -62,8 +62,10 @@ def test_it_computes_what_whole_passes_compute(case, monkeypatch):
     engine = Engine(model, Letters(model.config.vocab_size), compile=True)
     same(answers(engine, prompts), expected)
     same(answers(engine, prompts), expected)  # from what is in the cache
-    alone = Engine(model, Letters(model.config.vocab_size), compile=True, max_batch=1)
-    same(answers(alone, prompts), expected)
+    # One by one, and with prompts that come token by token: what comes after most of these nobody asks.
+    for options in ({"max_batch": 1}, {"max_batch": 3, "step_tokens": 3}):
+        other = Engine(model, Letters(model.config.vocab_size), compile=True, **options)
+        same(answers(other, prompts), expected)
 
 
 @pytest.mark.slow

@@ -53,7 +53,7 @@ class Engine:
         packed: whether weights are kept once more in the order in which the CPU's products of few rows read them fastest, 2 bytes
             for each; in bf16 only.
         guesser: who guesses tokens that one step then checks together (`speculative.py`); None guesses nothing.
-        compile: whether the step that decodes is compiled (`compiled.py`): a minute now, for 1.2 times the speed or more on CPUs.
+        compile: whether the step that decodes is compiled (`compiled.py`): a minute or two now, for 1.2 to 1.5 times the speed.
         deterministic: whether an answer is the same to the last bit whatever else is answered, its prompt in parts or at once,
             from the cache or not; several times slower.
 

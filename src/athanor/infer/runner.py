@@ -148,9 +148,8 @@ class Runner:
 
     def _pass(self, parts: list[Part]) -> Tensor:
         device, single = self.model.device, len(parts[0].tokens) == 1
-        rows = len(parts)
-        if single and rows > _ROWS and rows % _ROWS and self.precision == "bf16":
-            parts = parts + [Part((0,), 0, (0,), self._idle_slot, 0)] * (-rows % _ROWS)
+        if single and len(parts) > _ROWS and self.precision == "bf16":
+            parts = parts + [Part((0,), 0, (0,), self._idle_slot, 0)] * (-len(parts) % _ROWS)
         longest = max(len(part.table) for part in parts)
         tables = torch.tensor([[*part.table, *[0] * (longest - len(part.table))] for part in parts], device=device)
         starts = torch.tensor([part.start for part in parts], device=device)
@@ -159,11 +158,13 @@ class Runner:
         ids = torch.tensor([[token for part in parts for token in part.tokens]], device=device)
         with autocast(device, self.precision):
             if single and self.compiled is not None:
-                return self.compiled(ids, tables, starts)[:rows]
-            if self.sources is not None:
-                self._read_sources(parts)
-            ctx = Paged(self.cache, tables, starts, torch.tensor(lengths, device=device), slots, self.sources, self.deterministic)
-            hidden = self.model.hidden(ids, ctx)[0]
+                hidden = self.compiled(ids, tables, starts)
+            else:
+                if self.sources is not None:
+                    self._read_sources(parts)
+                sizes = torch.tensor(lengths, device=device)
+                ctx = Paged(self.cache, tables, starts, sizes, slots, self.sources, self.deterministic)
+                hidden = self.model.hidden(ids, ctx)[0]
         ends = accumulate(lengths)
         wanted = [i for part, end in zip(parts, ends, strict=True) for i in range(end - part.wanted, end)]
         if len(wanted) == len(hidden):
