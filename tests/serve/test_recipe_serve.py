@@ -51,12 +51,15 @@ def test_options_reach_what_they_are_for(tokenizer, monkeypatch, capsys, tmp_pat
     monkeypatch.delenv("ATHANOR_API_KEY", raising=False)
     monkeypatch.setattr(athanor, "load", load)
     monkeypatch.setattr(serve, "create_server", lambda served, options: seen.update(served=served, options=options) or app)
-    monkeypatch.setattr(process.Server, "run", lambda self, sockets: seen.update(address=sockets[0].getsockname()))
+    monkeypatch.setattr(
+        process.Server, "run", lambda self, sockets: seen.update(address=sockets[0].getsockname(), grace=self.grace)
+    )
     before = signal.getsignal(signal.SIGINT)
     paths = (Path("runs/first"), Path("runs/second"))
-    serve.main(serve.Config(paths, "rl", "localhost", 0, ("key",), 3, 4, 5, 6.0, None, "bf16", 7))
+    serve.main(serve.Config(paths, "rl", "localhost", 0, ("key",), 3, 4, 5, 6.0, 9.0, None, "bf16", True, True, 7))
     assert seen["loaded"] == [(paths[0], "rl"), (paths[1], "rl")]
     assert (seen["max_batch"], seen["precision"], seen["guesser"].count) == (3, "bf16", 7)
+    assert seen["compile"] and seen["deterministic"] and seen["grace"] == 9.0
     assert seen["options"] == Options(4, 5, 6.0, ("key",), page.PUBLIC)
     assert [served.name for served in seen["served"]] == ["first/rl", "second/rl"]
     assert "/" in {route.path for route in app.routes if isinstance(route, Route)}  # the page

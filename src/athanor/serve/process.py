@@ -39,7 +39,7 @@ class Server(uvicorn.Server):
 
     def __init__(self, config: uvicorn.Config, grace: float = GRACE) -> None:
         super().__init__(config)
-        self._grace = grace
+        self.grace = grace
 
     async def serve(self, sockets: list[socket.socket] | None = None) -> None:
         self._loop = asyncio.get_running_loop()
@@ -52,7 +52,7 @@ class Server(uvicorn.Server):
             super().handle_exit(sig, frame)
 
     async def shutdown(self, sockets: list[socket.socket] | None = None) -> None:
-        self._loop.call_later(self._grace, self._give_up)
+        self._loop.call_later(self.grace, self._give_up)
         await super().shutdown(sockets)
 
     def _give_up(self) -> None:
