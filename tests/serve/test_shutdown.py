@@ -29,7 +29,11 @@ from athanor.recipes import serve
 from athanor.serve import process
 from athanor.serve.app import create_app
 
-pytestmark = pytest.mark.skipif(not Path("/proc/self/environ").exists(), reason="looks for processes in /proc")
+# Slow: what fills the batch must last until all clients have come, which on a busy machine it may not.
+pytestmark = [
+    pytest.mark.slow,
+    pytest.mark.skipif(not Path("/proc/self/environ").exists(), reason="looks for processes in /proc"),
+]
 
 MODEL = "tiny/base"
 CLIENTS, BATCH = 24, 4
