@@ -58,9 +58,7 @@ def single(sides: dict[str, Any], rounds: int, prompt: int, new: int) -> dict[st
     """Tokens per second of one request."""
     ids = Mix(1, 0).ids(prompt, sides["ours"].vocab_size)
     contenders = {f"athanor {kind}": lambda side=side: side.single(ids, new) for kind, side in sides["kinds"].items()}
-    contenders |= {
-        f"llama.cpp {kind}": lambda side=side: side.single(ids, new) for kind, side in sides.get("llama.cpp", {}).items()
-    }
+    contenders |= {f"llama.cpp {kind}": lambda side=side: side.single(ids, new) for kind, side in sides["llama.cpp"].items()}
     contenders["transformers bf16"] = lambda: sides["theirs"].single(ids, new)
     for run in contenders.values():
         run()  # what is prepared once is not timed
@@ -73,8 +71,7 @@ def mixed(sides: dict[str, Any], rounds: int, count: int, low: int, high: int, s
     requests = Mix(count, 1).requests(low, high, sides["ours"].vocab_size)
     ours = {name: side for name, side in sides["kinds"].items() if name.startswith("bf16")}
     contenders: dict[str, Any] = {f"athanor {name}": lambda side=side: side.mixed(requests) for name, side in ours.items()}
-    theirs = sides.get("llama.cpp", {})
-    contenders |= {f"llama.cpp {kind}": lambda side=side: side.mixed(requests) for kind, side in theirs.items()}
+    contenders |= {f"llama.cpp {kind}": lambda side=side: side.mixed(requests) for kind, side in sides["llama.cpp"].items()}
     for size in sizes:
         contenders[f"transformers, static batches of {size}"] = lambda size=size: Static(sides["theirs"], size).mixed(requests)
     contenders["transformers, generate_batch"] = lambda: continuous(sides["theirs"], requests)
@@ -139,10 +136,10 @@ def run(options: argparse.Namespace) -> dict[str, Any]:
     with tempfile.TemporaryDirectory() as folder, ExitStack() as stack:
         ours, theirs, kinds = models(SHAPES[options.shape], Path(folder))
         engines = {kind: Ours(m) for kind, m in kinds.items()}
-        sides = {"ours": engines["bf16"], "theirs": Theirs(theirs), "kinds": engines}
+        sides = {"ours": engines["bf16"], "theirs": Theirs(theirs), "kinds": engines, "llama.cpp": {}}
         if options.compiled:
             start = time.perf_counter()
-            sides["kinds"] |= {f"{kind} compiled": Ours(m, compile=True) for kind, m in kinds.items()}
+            engines |= {f"{kind} compiled": Ours(m, compile=True) for kind, m in kinds.items()}
             results["compiling"] = time.perf_counter() - start
             print(f"{'compiling':<14}{results['compiling']:.0f} s for {len(kinds)} engines")
         if llamacpp.VARIABLE in os.environ:

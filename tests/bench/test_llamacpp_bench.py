@@ -19,7 +19,7 @@ def installed():
     try:
         llamacpp.library()
     except MissingExtraError as error:
-        pytest.skip(str(error))
+        pytest.skip(str(error))  # which says what is missing and how to get it
 
 
 @pytest.fixture

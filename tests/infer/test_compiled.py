@@ -8,20 +8,14 @@ from athanor.core import device
 from athanor.core.errors import ConfigError, MissingExtraError
 from athanor.infer.compiled import Compiled, refusal
 from athanor.infer.engine import BLOCK, Engine
-from athanor.models import io
 from athanor.nn.paged import PagedCache
 from athanor.types import Request, SamplingParams
-from tests.infer.test_paths import COUNT, GENERATING, Letters, plain
+from tests.infer.test_paths import COUNT, GENERATING, Letters, plain, random_model
 from tests.models.reference import config_of
 
 
 def build(case):
-    model = io.build(case[0], config_of(case), seed=0).eval()
-    generator = torch.Generator().manual_seed(0)
-    with torch.no_grad():
-        for name, p in model.named_parameters():
-            p.normal_(1.0 if "norm" in name and name.endswith("weight") else 0.0, 0.15, generator=generator)
-    return model
+    return random_model(case[0], config_of(case))
 
 
 FAMILIES = [case for case in GENERATING if not refusal(build(case))]
@@ -100,7 +94,7 @@ def test_compiled_on_this_machine(model, tokenizer, prompts, precision, bits):
 def test_families_whose_steps_are_not_compiled(name, why):
     model = build(next(case for case in GENERATING if case[0] == name))
     with pytest.raises(ConfigError, match=f"a {name} {why}, and such steps are not compiled: leave `compile` out"):
-        Compiled(model, PagedCache(model.cache_layers(), 2, BLOCK, 1, torch.float32, model.device), 32)
+        Compiled(model, PagedCache(model.cache_layers(), 2, BLOCK, 1, torch.float32, model.device), 32, 1)
 
 
 def test_without_a_compiler(model, tokenizer, monkeypatch):

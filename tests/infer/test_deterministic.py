@@ -9,7 +9,7 @@ from athanor.core.errors import ConfigError
 from athanor.infer.engine import BLOCK, Engine
 from athanor.models import gemma, gpt2, io, llama
 from athanor.types import Request, SamplingParams
-from tests.infer.test_paths import GENERATING, Letters
+from tests.infer.test_paths import GENERATING, Letters, random_model
 from tests.models.reference import config_of
 
 COUNT = 20
@@ -24,11 +24,7 @@ CONFIGS = {
 def case(request):
     """An engine maker, prompts that begin alike, and what the engine answers to each alone."""
     name, precision = request.param
-    model = io.build(name, CONFIGS[name], seed=0).eval()
-    generator = torch.Generator().manual_seed(0)
-    with torch.no_grad():
-        for key, p in model.named_parameters():
-            p.normal_(1.0 if "norm" in key and key.endswith("weight") else 0.0, 0.1, generator=generator)
+    model = random_model(name, CONFIGS[name], std=0.1)
     draw = torch.Generator().manual_seed(1)
 
     def text(n):
@@ -44,11 +40,9 @@ def case(request):
 
 def answers(engine, prompts):
     """What comes out of each, greedy or drawn. The longest asks for log-probabilities of its prompt."""
-    told = max(prompts, key=len) if len(prompts) > 1 or len(prompts[0]) == 70 else None
     params = [SamplingParams(temperature=t, seed=i, max_tokens=COUNT) for i, t in enumerate((0, 1, 0.7))]
-    requests = [
-        Request(str(i), p, replace(params[len(p) % 3], prompt_logprobs=0 if p is told else None)) for i, p in enumerate(prompts)
-    ]
+    told = {70: 0}  # by the length of a prompt
+    requests = [Request(str(i), p, replace(params[len(p) % 3], prompt_logprobs=told.get(len(p)))) for i, p in enumerate(prompts)]
     return [(a.ids, a.logprobs, [t and t.logprob for t in a.prompt_logprobs or ()]) for a in engine.generate(requests)]
 
 
@@ -80,7 +74,9 @@ def test_families_that_are_not(name, why):
     model = io.build(name, config_of(next(case for case in GENERATING if case[0] == name)), seed=0)
     if name == "t5":
         model.token_ids = replace(model.token_ids, decoder_start=1)
-    with pytest.raises(ConfigError, match=f"a {name} {why}.*with whom its numbers change.*leave `deterministic` out"):
+    with pytest.raises(
+        ConfigError, match=f"a {name} {why}.*so that what is computed beside may change its last bits: leave `deterministic` out"
+    ):
         Engine(model, Letters(model.config.vocab_size), deterministic=True)
 
 

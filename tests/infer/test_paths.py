@@ -7,6 +7,8 @@ import torch
 
 from athanor.infer.engine import BLOCK, Engine
 from athanor.models import io
+from athanor.nn import paged
+from athanor.nn.paged import PagedCache
 from athanor.types import Request, SamplingParams
 from tests.models.reference import cases, config_of, mixture
 
@@ -35,14 +37,20 @@ class Letters:
         return ""
 
 
+def random_model(name, config, std=0.15):
+    """A model whose weights are random, those that are zero at first too."""
+    model = io.build(name, config, seed=0).eval()
+    generator = torch.Generator().manual_seed(0)
+    with torch.no_grad():
+        for key, p in model.named_parameters():
+            p.normal_(1.0 if "norm" in key and key.endswith("weight") else 0.0, std, generator=generator)
+    return model
+
+
 @pytest.fixture(scope="module", params=GENERATING, ids="-".join)
 def family(request):
     """A random model, prompts that share beginnings, and the plain answers to them with their log-probabilities."""
-    model = io.build(request.param[0], config_of(request.param), seed=0).eval()
-    generator = torch.Generator().manual_seed(0)
-    with torch.no_grad():
-        for name, p in model.named_parameters():
-            p.normal_(1.0 if "norm" in name and name.endswith("weight") else 0.0, 0.15, generator=generator)
+    model = random_model(request.param[0], config_of(request.param))
     if model.kind == "encoder_decoder" and model.token_ids.decoder_start is None:
         model.token_ids = replace(model.token_ids, decoder_start=1)
     draw = torch.Generator().manual_seed(1)
@@ -79,13 +87,17 @@ WAYS = {
     "nothing shared": {"share": False},
     "preempted": {"preempt": True},
     "preempted in parts": {"preempt": True, "step_tokens": 5, "share": False},
+    "few keys together": {"together": 4 * BLOCK},
 }
 
 
 @pytest.mark.parametrize("way", WAYS)
-def test_every_way_gives_the_plain_answer(family, way):
+def test_every_way_gives_the_plain_answer(family, way, monkeypatch):
     model, prompts, expected = family
     options = dict(WAYS[way])
+    if tokens := options.pop("together", 0):  # sequences attend in groups, the longest ones each by itself
+        widest = PagedCache(model.cache_layers(), 1, BLOCK, 1, torch.float32, model.device).widest
+        monkeypatch.setattr(paged, "_TOGETHER", tokens * widest)
     if options.pop("preempt", False):  # a cache that one long answer all but fills
         blocks = 2 if model.kind == "encoder_decoder" else 6
         options |= {"cache_tokens": blocks * BLOCK, "max_len": blocks * BLOCK - 1, "max_batch": 4}

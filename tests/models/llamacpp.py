@@ -85,6 +85,6 @@ def load(path):
     try:
         llamacpp.library()
     except MissingExtraError as error:
-        pytest.skip(str(error))
+        pytest.skip(str(error))  # which says what is missing and how to get it
     with llamacpp.load(path, Model) as model:
         yield model

@@ -6,15 +6,13 @@ import contextlib
 import json
 import os
 import re
-import secrets
 import signal
 import socket
 import subprocess
 import sys
 import tempfile
 import threading
-import time
-from collections.abc import Callable, Iterator
+from collections.abc import Iterator
 from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass
 from pathlib import Path
@@ -28,18 +26,14 @@ from athanor.lm import LM
 from athanor.recipes import serve
 from athanor.serve import process
 from athanor.serve.app import create_app
+from tests.processes import alive, environment, until
 
-# Slow: what fills the batch must last until all clients have come, which on a busy machine it may not.
-pytestmark = [
-    pytest.mark.slow,
-    pytest.mark.skipif(not Path("/proc/self/environ").exists(), reason="looks for processes in /proc"),
-]
+pytestmark = pytest.mark.skipif(not Path("/proc/self/environ").exists(), reason="looks for processes in /proc")
 
 MODEL = "tiny/base"
 CLIENTS, BATCH = 24, 4
-TOKENS, LONG, ENDLESS = 24, 400, 4000  # of an answer
-_MARK = "ATHANOR_TEST_SERVER"  # in the environment of the server and of all that it starts
-_pause = threading.Event().wait
+CONTEXT = 1 << 15
+TOKENS, LONG, ENDLESS = 24, 400, CONTEXT - 100  # of an answer; the last takes longer than all clients take to come
 
 # The command with another LAST, its first argument.
 HURRIED = """
@@ -53,9 +47,9 @@ raise SystemExit(cli.main(sys.argv[1:]))
 
 @pytest.fixture(scope="module")
 def run(tmp_path_factory, tokenizer, tiny):
-    """A run folder whose answers may be as long as 4096 tokens."""
+    """A run folder whose answers may be as long as nobody waits for."""
     folder = tmp_path_factory.mktemp("runs") / "tiny"
-    LM(tiny(max_positions=4096), tokenizer).save(folder / "base")
+    LM(tiny(max_positions=CONTEXT), tokenizer).save(folder / "base")
     return folder
 
 
@@ -65,7 +59,7 @@ class Serving:
 
     process: subprocess.Popen[str]
     client: httpx.Client
-    mark: str
+    env: dict[str, str]
     errors: Any
 
     @property
@@ -76,7 +70,7 @@ class Serving:
     @property
     def said(self) -> str:
         self.errors.seek(0)
-        # Clients that only knock may be gone when they are answered, which asyncio has a line for.
+        # Of a client that leaves while it is written to asyncio says so, where the machine is too busy to notice at once.
         return self.errors.read().replace("socket.send() raised exception.\n", "")
 
     def tell(self, number: int) -> None:
@@ -90,7 +84,7 @@ class Serving:
     def ended(self) -> int:
         """The exit status, once nothing of the server is left."""
         status = self.process.wait(120)
-        assert not _alive(self.mark), "a process is left behind"
+        assert not alive(self.env), "a process is left behind"
         return status
 
 
@@ -99,8 +93,7 @@ def serving(run: Path, *options: object, grace: float | None = None, last: float
     """A server that can be asked."""
     program = ["-m", "athanor"] if grace is None else ["-c", HURRIED, str(last)]
     options = options if grace is None else ("--grace", grace, *options)
-    mark = secrets.token_hex(8)
-    env = os.environ | {"PYTHONPATH": os.pathsep.join(sys.path), "OMP_NUM_THREADS": "1", _MARK: mark}
+    env = environment()
     command = [sys.executable, *program, "serve", str(run), *map(str, options)]
     with tempfile.TemporaryFile("w+") as errors:
         process = subprocess.Popen(command, env=env, stdout=subprocess.PIPE, stderr=errors, text=True)
@@ -108,39 +101,18 @@ def serving(run: Path, *options: object, grace: float | None = None, last: float
             assert process.stdout is not None
             found = re.search(r" at (http://127\.0\.0\.1:\d+)/v1 ", process.stdout.readline())
             with client_of(found[1] if found else "") as client:
-                server = Serving(process, client, mark, errors)
+                server = Serving(process, client, env, errors)
                 assert found, server.said
                 assert client.get("/health").status_code == 200
                 yield server
         finally:
-            for pid in _alive(mark):
+            for pid in alive(env):
                 os.kill(pid, signal.SIGKILL)
             process.communicate()
 
 
 def client_of(url: str | httpx.URL) -> httpx.Client:
     return httpx.Client(base_url=url, timeout=60, trust_env=False, verify=False)  # no certificates, which take long to read
-
-
-def _alive(mark: str) -> list[int]:
-    """Processes with this mark that run, by /proc: they may have groups and sessions of their own."""
-    found = []
-    for folder in Path("/proc").glob("[0-9]*"):
-        try:
-            given = (folder / "environ").read_bytes().split(b"\0")
-            state = (folder / "stat").read_text().rpartition(")")[2].split()[0]
-        except (OSError, IndexError):
-            continue  # gone in between, or somebody else's
-        if f"{_MARK}={mark}".encode() in given and state != "Z":
-            found.append(int(folder.name))
-    return found
-
-
-def until(condition: Callable[[], object], what: str) -> None:
-    end = time.monotonic() + 120
-    while not condition():
-        assert time.monotonic() < end, f"it never came to this: {what}"
-        _pause(0.005)
 
 
 # Clients.
@@ -360,7 +332,11 @@ def test_whichever_signals_they_are(run, first, second):
 
 @pytest.mark.slow
 def test_a_client_that_does_not_read_and_one_that_does_not_send_hold_nobody_up(run):
-    with serving(run, "--port", 0, grace=0, last=0.1) as server, Slow(server.port, True) as bodiless, socket.socket() as deaf:
+    with (
+        serving(run, "--port", 0, "--max-batch", 8, grace=0, last=0.1) as server,
+        Slow(server.port, True) as bodiless,
+        socket.socket() as deaf,
+    ):
         deaf.setsockopt(socket.SOL_SOCKET, socket.SO_RCVBUF, 4096)
         deaf.connect(("127.0.0.1", server.port))
         asked = {"model": MODEL, "prompt": "a", "n": 8, "max_tokens": 300, "min_tokens": 300, "logprobs": 20, "stream": True}

@@ -2,21 +2,18 @@
 
 import os
 import random
-import secrets
 import signal
 import subprocess
 import sys
-import threading
-import time
 from collections import Counter
 from contextlib import suppress
 from dataclasses import dataclass, field
 from pathlib import Path
 
+from tests.processes import alive, environment, until
+
 PROGRAM = Path(__file__).with_name("killed.py")
 PHASES = "SUVEWMPADd"  # letters of killed.py
-_MARK = "ATHANOR_TEST_RUN"  # in the environment of the command and of all that it starts
-_pause = threading.Event().wait
 
 
 def program(out, steps, *options, ranks=1):
@@ -25,33 +22,6 @@ def program(out, steps, *options, ranks=1):
     if ranks > 1:
         start += ["-m", "torch.distributed.run", "--standalone", f"--nproc-per-node={ranks}"]
     return [*start, str(PROGRAM), str(out), str(steps), *options]
-
-
-def environment():
-    return os.environ | {"PYTHONPATH": os.pathsep.join(sys.path), "OMP_NUM_THREADS": "1", _MARK: secrets.token_hex(8)}
-
-
-def alive(env, worker=False):
-    """Processes with this mark that run, by /proc: process groups do not tell, torchrun's workers have sessions of their own."""
-    found = []
-    for folder in Path("/proc").glob("[0-9]*"):
-        try:
-            given = (folder / "environ").read_bytes().split(b"\0")
-            state = (folder / "stat").read_text().rpartition(")")[2].split()[0]
-        except (OSError, IndexError):
-            continue  # gone in between
-        marked = f"{_MARK}={env[_MARK]}".encode() in given
-        is_worker = any(entry.startswith(b"LOCAL_RANK=") for entry in given)
-        if marked and state != "Z" and (is_worker or not worker):
-            found.append(int(folder.name))
-    return sorted(found)
-
-
-def until(condition, what, seconds=120):
-    end = time.monotonic() + seconds
-    while not condition():
-        assert time.monotonic() < end, f"not within {seconds} s: {what}"
-        _pause(0.01)
 
 
 @dataclass

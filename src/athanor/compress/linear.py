@@ -83,8 +83,8 @@ class QuantLinear(nn.Module):
     def forward(self, x: Tensor) -> Tensor:  # (..., K) -> (..., N)
         x = x.to(compute_dtype(x))
         if self.group is None:
-            whole = torch.compiler.is_compiling() and not torch.is_grad_enabled()
-            y: Tensor = (torch.ops.athanor.by_rows if whole else _by_rows)(x, self.codes, self.weight_scale)
+            opaque = torch.compiler.is_compiling() and not torch.is_grad_enabled()
+            y: Tensor = (torch.ops.athanor.by_rows if opaque else _by_rows)(x, self.codes, self.weight_scale)
         elif self.bits == 4 and self._suits(x):
             y = self._packed(x, self.group)
         else:

@@ -33,27 +33,28 @@ def refusal(model: CausalLM | EncoderDecoder) -> str:
 class Compiled:
     """Hidden states of one new token of each of S sequences.
 
-    Two functions are compiled when they are first wanted, for a lone sequence and for many (`prepare` wants both): numbers of
-    sequences and lengths may be any.
+    Two functions are compiled by `prepare`, for a lone sequence and for many, whose numbers and lengths may be any; a third one
+    where products of 4 bits go another way for more than 64.
 
     Args:
         model: a decoder.
         cache: that it reads and writes.
         max_len: tokens of a sequence at most.
+        most: sequences at most.
 
     Raises:
         ConfigError: a model whose steps cannot be compiled.
         MissingExtraError: there is no C++ compiler, and a CPU needs one.
     """
 
-    def __init__(self, model: CausalLM | EncoderDecoder, cache: PagedCache, max_len: int) -> None:
+    def __init__(self, model: CausalLM | EncoderDecoder, cache: PagedCache, max_len: int, most: int) -> None:
         if why := refusal(model):
             raise ConfigError(f"a {model.model_type} {why}, and such steps are not compiled: leave `compile` out")
         require_compiler(model.device, "generate")
         for module in model.modules():
             if isinstance(module, Rotary):
                 module.reserve(max_len)
-        self._device, self._size = model.device, cache.size
+        self._device, self._size, self._most = model.device, cache.size, most
 
         def hidden(ids: Tensor, tables: Tensor, starts: Tensor) -> Tensor:
             return model.hidden(ids, Decode(cache, tables, starts))[0]
@@ -69,8 +70,9 @@ class Compiled:
         with warnings.catch_warnings():
             # Dynamo asks every tensor for its gradient, and torch warns that some have none.
             warnings.filterwarnings("ignore", message="The .grad attribute of a Tensor", category=UserWarning)
-            # Two different numbers, as large as usual: by them the compiler sees what pays to be shared by threads.
-            for count, blocks in ((1, 16), (32, 15)):
+            # As large as usual: by these the compiler sees what pays to be shared by threads. Equal ones it would take for one.
+            for count in sorted({1, min(32, self._most), self._most}):
+                blocks = max(16, count + 1)
                 ids = torch.zeros((1, count), dtype=torch.int64, device=self._device)
                 tables, starts = ids.new_zeros(count, blocks), ids.new_zeros(count)  # the block that is nobody's
                 mark_dynamic(tables, 1)

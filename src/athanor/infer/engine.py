@@ -53,9 +53,9 @@ class Engine:
         packed: whether weights are kept once more in the order in which the CPU's products of few rows read them fastest, 2 bytes
             for each; in bf16 only.
         guesser: who guesses tokens that one step then checks together (`speculative.py`); None guesses nothing.
-        compile: whether the step that decodes is compiled (`compiled.py`): a minute or two now, for 1.2 to 1.5 times the speed.
+        compile: whether the step that decodes is compiled (`compiled.py`): about a minute now, for 1.2 to 1.5 times the speed.
         deterministic: whether an answer is the same to the last bit whatever else is answered, its prompt in parts or at once,
-            from the cache or not; several times slower.
+            from the cache or not; two to four times slower.
 
     Raises:
         ConfigError: a number out of range; a cache that does not hold one sequence; a model for which `compile` or
@@ -264,8 +264,8 @@ class Engine:
         ready: list[tuple[Sequence, list[int]]] = []
         at: list[int] = []  # rows of `hidden` after which a token is chosen
         heads = self.guesser if isinstance(self.guesser, Heads) else None
-        pieces = zip(work, wanted, hidden.split(wanted), strict=True) if heads is not None else ()
-        news = [(s, s.computed + count - rows, states) for (s, count), rows, states in pieces]
+        states = hidden.split(wanted) if heads is not None else ()  # of all that was computed (`_wanted`)
+        news = [(w.sequence, w.sequence.computed, piece) for w, piece in zip(work, states, strict=False)]
         end = 0
         for (s, count), rows in zip(work, wanted, strict=True):
             end += rows

@@ -67,7 +67,7 @@ class Runner:
     ) -> None:
         if deterministic and (why := refusal(model)):
             raise ConfigError(
-                f"a {model.model_type} {why}, with whom its numbers change in their last bits: leave `deterministic` out"
+                f"a {model.model_type} {why}, so that what is computed beside may change its last bits: leave `deterministic` out"
             )
         self.model, self.precision, self.deterministic = model, precision, deterministic
         dtype = torch.bfloat16 if precision == "bf16" else torch.float32
@@ -81,7 +81,7 @@ class Runner:
     @torch.inference_mode()
     def compile(self, max_len: int) -> None:
         """Compile the step of single tokens; see `Compiled` for what it raises."""
-        made = Compiled(self.model, self.cache, max_len)
+        made = Compiled(self.model, self.cache, max_len, self._idle_slot)
         # Once as it is, for what layers make when they are first called.
         self._pass([Part((0,), 0, (0,), self._idle_slot, 1)])
         self.compiled = made
@@ -137,7 +137,7 @@ class Runner:
             return self.model.logits(hidden)[:rows].float()
 
     def _slabs(self, parts: Sequence[Part]) -> Tensor:
-        """What `_pass` gives, token by token, so many at a time that every product has the same shape, and no part a company."""
+        """What `_pass` gives, token by token and always as many at a time: every product has the same shape."""
         singles: list[Part] = []
         for part in parts:
             unwanted = len(part.tokens) - part.wanted

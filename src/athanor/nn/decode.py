@@ -80,6 +80,7 @@ class Decode:
         out = (shares.unsqueeze(-1) * read.unsqueeze(2)).sum(-2)  # (G, S, R, V)
         return out.transpose(0, 1).reshape(1, s, h, -1).to(query.dtype)
 
+    # Models that would call these are refused before (`infer/compiled.py`).
     def cross(self, layer: int, query: Tensor, project: Project, scoring: Scoring = PLAIN) -> Tensor:
         raise NotImplementedError("a compiled step reads no source")
 

@@ -162,7 +162,7 @@ class Paged:
         self.positions = at.unsqueeze(0)
         self._places = tables[owner, at // cache.size] * cache.size + at % cache.size
         self._tables = tables
-        self._rows: dict[int, list[Tensor]] = {}
+        self._rows: dict[int, list[Tensor]] = {}  # by heads of a pool: what each group reads of it
         self._across: Rectangle | None = None
         self._whole: Packed | None = None
         if self._single:
@@ -179,15 +179,15 @@ class Paged:
     def _grouped(self) -> Iterator[_Group]:
         """Sequences of like length side by side: what is read of each is filled up to the longest of its group only."""
         count, size = len(self._starts), self._cache.size
-        most = count if self._starts.device.type != "cpu" else max(1, _TOGETHER // max(1, self._cache.widest * size))
-        ends = (self._starts // size + 1).tolist()
-        if max(ends) * count <= most:
+        most = _TOGETHER // max(1, self._cache.widest * size)
+        if count == 1 or self._starts.device.type != "cpu" or -(-self.extent // size) * count <= most:
             yield self._group(None, self._starts, self._tables)
             return
+        ends = (self._starts // size + 1).tolist()
         order = sorted(range(count), key=ends.__getitem__)
         while order:
-            some = max(1, min(len(order), most // ends[order[-1]]))
-            which = torch.tensor(order[-some:], device=self._starts.device)
+            some = max(1, most // ends[order[-1]])
+            which = torch.tensor(order[-some:])
             yield self._group(which, self._starts[which], self._tables[which])
             del order[-some:]
 
@@ -213,18 +213,16 @@ class Paged:
     def _gather(self, pool: Tensor, group: int, like: Tensor) -> Tensor:
         """The blocks of a group's sequences, (G, R, positions, K)."""
         heads, blocks, _, width = pool.shape
-        which = self._groups[group]
-        if which.first is not None:
+        some = self._groups[group]
+        if some.first is not None:
             # Of few keys a product in float32 takes less than what one in bfloat16 takes to begin with.
-            return pool[:, which.first : which.first + len(which.read)].flatten(1, 2).unsqueeze(1).float()
-        else:
-            rows = self._rows.get(heads)
-            if rows is None:
-                head = torch.arange(0, heads * blocks, blocks, device=pool.device)[:, None]
-                rows = self._rows[heads] = [(head + g.read).flatten() for g in self._groups]
-            # Rows of a matrix are copied whole, and twice as fast as slices of a tensor.
-            found = pool.view(heads * blocks, -1).index_select(0, rows[group])
-        return found.view(heads, len(which.starts), -1, width).to(like.dtype)
+            return pool[:, some.first : some.first + len(some.read)].flatten(1, 2).unsqueeze(1).float()
+        if heads not in self._rows:
+            head = torch.arange(0, heads * blocks, blocks, device=pool.device)[:, None]
+            self._rows[heads] = [(head + g.read).flatten() for g in self._groups]
+        # Rows of a matrix are copied whole, and twice as fast as slices of a tensor.
+        found = pool.view(heads * blocks, -1).index_select(0, self._rows[heads][group])
+        return found.view(heads, len(some.starts), -1, width).to(like.dtype)
 
     def _write(self, pool: Tensor, new: Tensor) -> None:
         """Entries (1, N, G, K)."""
@@ -254,7 +252,7 @@ class Paged:
         n, _, h, k = query.shape
         g = keys.shape[0]
         rows = query.view(n, g, h // g, k).transpose(0, 1)
-        out = rows.new_empty((g, n, h // g, width)) if len(self._groups) > 1 else rows
+        out = rows.new_empty((g, n, h // g, width))
         for i, group in enumerate(self._groups):
             if scoring.window not in group.masks:
                 back = group.starts[:, None] - group.keys
@@ -262,16 +260,16 @@ class Paged:
                 group.masks[scoring.window] = mask_of(visible, torch.float32)[:, None]
             bias = None
             if scoring.bias is not None:
-                found = scoring.bias(group.starts[:, None], group.keys)  # (1 or R, H, 1, positions)
-                bias = found.reshape(-1, g, h // g, found.shape[-1]).transpose(0, 1)
+                added = scoring.bias(group.starts[:, None], group.keys)  # (1 or R, H, 1, positions)
+                bias = added.reshape(-1, g, h // g, added.shape[-1]).transpose(0, 1)
             key, value = self._read(keys, values, i, query, width)
-            some = (rows if group.which is None else rows.index_select(1, group.which)).to(key.dtype)
+            some = rows if group.which is None else rows.index_select(1, group.which)
             mask, softcap = group.masks[scoring.window], scoring.softcap
-            found = attend_rows(some, key, value, mask, bias=bias, scale=scoring.scale, softcap=softcap).to(query.dtype)
+            found = attend_rows(some.to(key.dtype), key, value, mask, bias=bias, scale=scoring.scale, softcap=softcap)
             if group.which is None:
-                out = found
+                out = found.to(query.dtype)
             else:
-                out.index_copy_(1, group.which, found)
+                out.index_copy_(1, group.which, found.to(query.dtype))
         return out.transpose(0, 1).reshape(n, 1, h, width)
 
     def cross(self, layer: int, query: Tensor, project: Project, scoring: Scoring = PLAIN) -> Tensor:

@@ -81,7 +81,7 @@ class Rotary(nn.Module):
         return self.cos[positions].unsqueeze(2), self.sin[positions].unsqueeze(2)
 
 
-_FEW = 1 << 16  # numbers
+_FEW = 1 << 16  # numbers of which a call takes longer than its work
 
 
 def _turn(x: Tensor, cos: Tensor, sin: Tensor) -> Tensor:
@@ -92,7 +92,7 @@ def _turn(x: Tensor, cos: Tensor, sin: Tensor) -> Tensor:
     # Converted once, and halves in place: half the time of products of mixed dtypes and a swapped copy.
     wide = x.to(cos.dtype)
     out = wide * cos
-    if x.numel() <= _FEW:  # a call takes longer than its work
+    if torch.compiler.is_compiling() or x.numel() <= _FEW:  # no compiler is to make one function for few and one for many
         return out.addcmul_(wide.roll(half, -1), sin).to(x.dtype)
     out[..., :half].addcmul_(wide[..., half:], sin[..., :half])
     out[..., half:].addcmul_(wide[..., :half], sin[..., half:])

@@ -54,7 +54,7 @@ class Config:
     compile: bool = False
     """Compile the step that decodes: a minute or two at the start, and answers 1.2 to 1.5 times as fast on CPUs."""
     deterministic: bool = False
-    """The same answer to the last bit, whatever else is answered or in the cache: several times slower."""
+    """The same answer to the last bit, whatever else is answered or in the cache: two to four times slower."""
     guess: int | Literal["heads"] = 0
     """Tokens guessed to follow as they did earlier in a text, or `heads`: by the model's own. Changes speed, not answers."""
 
