@@ -39,6 +39,8 @@ def test_scale_and_integers_are_those_of_the_formula_in_float64(bits, group):
     # The product of 8 and 8 significant bits is exact in float32.
     exactly = (nearest.reshape(runs.shape) * s[..., None]).reshape(7, 128)
     assert np.array_equal(rtn.dequantise(codes, scale).double().numpy(), exactly)
+    for dtype in (torch.bfloat16, torch.float16):
+        assert torch.equal(rtn.dequantise(codes, scale, dtype), torch.from_numpy(exactly).to(dtype))
 
 
 @kinds

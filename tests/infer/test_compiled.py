@@ -64,7 +64,7 @@ def test_a_compiler_sees_one_function_for_one_sequence_and_one_for_many(case, mo
         graphs.append(graph)
         return graph.forward
 
-    monkeypatch.setattr(torch, "compile", lambda f, **options: real(f, backend=look, **options))
+    monkeypatch.setattr(torch, "compile", lambda f, fullgraph, options: real(f, fullgraph=fullgraph, backend=look))
     model = build(case)
     prompts = prompts_of(model)
     engine = Engine(model, Letters(model.config.vocab_size), compile=True)

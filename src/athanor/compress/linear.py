@@ -21,7 +21,7 @@ def _by_rows(x: Tensor, codes: Tensor, scale: Tensor) -> Tensor:
     if kernel and width % 32 == 0 and x.numel() <= _FEW_ROWS[8] * width:
         return torch._weight_int8pack_mm(x.reshape(-1, width).contiguous(), codes, factor).view(*x.shape[:-1], len(codes))
     if x.numel() > width**2 or x.dtype == torch.float16:  # x q^T could leave the range of float16
-        return F.linear(x, rtn.dequantise(codes, scale).to(x.dtype))
+        return F.linear(x, rtn.dequantise(codes, scale, x.dtype))
     # Whole numbers up to 128 are exact in every other dtype, so a row's scale may wait for the product while that is smaller.
     return F.linear(x, codes.to(x.dtype)).mul_(factor)
 
@@ -76,9 +76,9 @@ class QuantLinear(nn.Module):
         codes: Tensor = getattr(self, f"weight_int{self.bits}")
         return codes
 
-    def dequantised(self) -> Tensor:
-        """W, (N, K) float32."""
-        return rtn.dequantise(self.codes, self.weight_scale)
+    def dequantised(self, dtype: torch.dtype = torch.float32) -> Tensor:
+        """W, (N, K)."""
+        return rtn.dequantise(self.codes, self.weight_scale, dtype)
 
     def forward(self, x: Tensor) -> Tensor:  # (..., K) -> (..., N)
         x = x.to(compute_dtype(x))
@@ -88,7 +88,7 @@ class QuantLinear(nn.Module):
         elif self.bits == 4 and self._suits(x):
             y = self._packed(x, self.group)
         else:
-            y = F.linear(x, self.dequantised().to(x.dtype))
+            y = F.linear(x, self.dequantised(x.dtype))
         return y if self.bias is None else y + self.bias.to(y.dtype)
 
     def _suits(self, x: Tensor) -> bool:

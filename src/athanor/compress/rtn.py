@@ -89,7 +89,11 @@ def integers(codes: Tensor) -> Tensor:
     return (wide << 4).bitwise_or_(wide).bitwise_and_(0x0F0F).view(torch.int8).sub_(8)
 
 
-def dequantise(codes: Tensor, scale: Tensor) -> Tensor:
-    """q scale, (N, K) float32: the weights that `quantise` made `codes` and `scale` of, each off by half a scale at most."""
-    q = integers(codes).float()
-    return q.view(*scale.shape, -1).mul_(scale.unsqueeze(-1)).view_as(q)
+def dequantise(codes: Tensor, scale: Tensor, dtype: torch.dtype = torch.float32) -> Tensor:
+    """q scale, (N, K): the weights that `quantise` made `codes` and `scale` of, each off by half a scale at most.
+
+    The product is rounded to `dtype` once: bfloat16 holds both factors exactly, others come from float32, which holds it too.
+    """
+    exact = dtype if dtype == torch.bfloat16 else torch.float32
+    q = integers(codes).to(exact)
+    return q.view(*scale.shape, -1).mul_(scale.to(exact).unsqueeze(-1)).view_as(q).to(dtype)

@@ -15,22 +15,24 @@ from athanor.nn.context import Cell, Project
 from athanor.nn.paged import PagedCache
 from athanor.nn.sdpa import PLAIN, Scoring, hidden_score
 
-# Operations that a compiler does not look into. `enter` writes new keys into a pool in place and gives the tables back: what is
+# Operations that a compiler does not look into. `enter` writes new entries into pools in place and gives the tables back: what is
 # read through these is read after that. It says that it changes nothing, as compilers copy what changes, or take minutes to see
 # that they need not. `settle` has a value computed once, where a compiler would compute it again for every key that it meets.
 _LIBRARY = torch.library.Library("athanor", "FRAGMENT")
-_LIBRARY.define("enter(Tensor pool, Tensor places, Tensor new, Tensor tables) -> Tensor")
+_LIBRARY.define("enter(Tensor keys, Tensor? values, Tensor places, Tensor key, Tensor value, Tensor tables) -> Tensor")
 _LIBRARY.define("settle(Tensor x) -> Tensor")
 
 
-def _enter(pool: Tensor, places: Tensor, new: Tensor, tables: Tensor) -> Tensor:
-    """pool (G, P, Z, K), places (S,), new (S, G, K)."""
-    pool.view(pool.shape[0], -1, pool.shape[3]).index_copy_(1, places, new.transpose(0, 1).to(pool.dtype))
+def _enter(keys: Tensor, values: Tensor | None, places: Tensor, key: Tensor, value: Tensor, tables: Tensor) -> Tensor:
+    """keys (G, P, Z, K), places (S,), key (S, G, K); values likewise, or None where keys hold them."""
+    for pool, new in ((keys, key), (values, value)):
+        if pool is not None:
+            pool.view(pool.shape[0], -1, pool.shape[3]).index_copy_(1, places, new.transpose(0, 1).to(pool.dtype))
     return tables.clone()
 
 
 _LIBRARY.impl("enter", _enter, "CompositeExplicitAutograd")
-_LIBRARY.impl("enter", lambda pool, places, new, tables: torch.empty_like(tables), "Meta")
+_LIBRARY.impl("enter", lambda keys, values, places, key, value, tables: torch.empty_like(tables), "Meta")
 _LIBRARY.impl("settle", lambda x: x.clone(memory_format=torch.contiguous_format), "CompositeExplicitAutograd")
 _LIBRARY.impl("settle", lambda x: x.new_empty(x.shape), "Meta")
 
@@ -58,7 +60,7 @@ class Decode:
         """query (1, S, H, K), key (1, S, G, K), value (1, S, G, V) -> (1, S, H, V)."""
         keys, values = self._cache.keys[layer], self._cache.values[layer]
         assert keys is not None
-        tables = torch.ops.athanor.enter(keys, self._places, key[0], self._tables)
+        tables = torch.ops.athanor.enter(keys, values, self._places, key[0], value[0], self._tables)
         s, g, h, k = len(self._starts), keys.shape[0], query.shape[2], query.shape[3]
         query = torch.ops.athanor.settle(query.view(s, g, h // g, k).transpose(0, 1))  # (G, S, R, K)
         read = keys[:, tables].flatten(2, 3)  # (G, S, n Z, K)
@@ -72,11 +74,7 @@ class Decode:
         back = self._starts[:, None] - self._keys
         seen = back >= 0 if scoring.window is None else (back >= 0) & (back < scoring.window)
         shares = torch.softmax(torch.where(seen[:, None], scores, hidden_score(scores.dtype)), -1)
-        if values is None:
-            read = read[..., : value.shape[3]]
-        else:
-            tables = torch.ops.athanor.enter(values, self._places, value[0], self._tables)
-            read = values[:, tables].flatten(2, 3)
+        read = read[..., : value.shape[3]] if values is None else values[:, tables].flatten(2, 3)
         out = (shares.unsqueeze(-1) * read.unsqueeze(2)).sum(-2)  # (G, S, R, V)
         return out.transpose(0, 1).reshape(1, s, h, -1).to(query.dtype)
 
