@@ -112,6 +112,17 @@ def test_without_a_total_there_is_no_time_left():
     assert out.getvalue() == "pretrain 4 steps  4/s  loss nan\n"
 
 
+def test_what_ends_after_a_time_has_no_more_than_that_left():
+    tracker, out, clock = _plain(seconds=30)
+    for step in (5, 96):
+        clock.now += 10
+        tracker.log({"step": step})
+    assert out.getvalue().splitlines() == [
+        "pretrain 5/100 steps  0.5/s  0:20 left  ",
+        "pretrain 96/100 steps  4.8/s  0:01 left  ",
+    ]
+
+
 def test_nothing_logged_nothing_shown():
     tracker, out, _ = _plain()
     tracker.close()

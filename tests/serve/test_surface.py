@@ -526,11 +526,11 @@ def test_the_reasoning_of_a_response(fake, tokenizer, running):
 @pytest.mark.parametrize(
     ("fields", "param"),
     [
-        ({"tools": [{"type": "function"}]}, "tools"),
+        ({"tools": [{"type": "web_search"}]}, "tools[0].type"),
         ({"previous_response_id": "resp_1"}, "previous_response_id"),
         ({"store": True}, "store"),
         ({"reasoning": {"effort": "low"}}, "reasoning"),
-        ({"text": {"format": {"type": "json_object"}}}, "text"),
+        ({"text": {"verbosity": "low"}}, "text.verbosity"),
         ({"background": True}, "background"),
         ({"truncation": "auto"}, "truncation"),
         ({"seed": 1}, "seed"),

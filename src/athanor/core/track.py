@@ -102,7 +102,8 @@ class ConsoleTracker:
     """Shows steps done, rate, time left and the first few fields of the last record.
 
     On a terminal a moving bar (rich); elsewhere a plain line at most every 5 seconds, and the last record's. `start` is
-    the step a resumed run begins at; the rate counts from there. `console` and `clock` are for tests.
+    the step a resumed run begins at; the rate counts from there. The work ends after `seconds`,
+    done or not. `console` and `clock` are for tests.
     """
 
     def __init__(
@@ -112,13 +113,14 @@ class ConsoleTracker:
         unit: str = "steps",
         *,
         start: int = 0,
+        seconds: float | None = None,
         console: Console | None = None,
         clock: Callable[[], float] = time.monotonic,
     ) -> None:
         from rich.console import Console
 
         self._title, self._total, self._unit, self._clock = title, total, unit, clock
-        self._start, self._began = start, clock()
+        self._start, self._seconds, self._began = start, math.inf if seconds is None else seconds, clock()
         self._console = console or Console(file=sys.stdout)
         self._pending: str | None = None
         self._printed = -math.inf
@@ -138,8 +140,8 @@ class ConsoleTracker:
         if seconds <= 0 or done <= 0:
             return self._unit
         rate = done / seconds
-        left = f"  {_seconds((self._total - step) / rate)} left" if self._total is not None and step < self._total else ""
-        return f"{self._unit}  {rate:.3g}/s{left}"
+        left = min(math.inf if self._total is None else (self._total - step) / rate, self._seconds - seconds)
+        return f"{self._unit}  {rate:.3g}/s" + (f"  {_seconds(left)} left" if 0 < left < math.inf else "")
 
     def log(self, record: Mapping[str, Any]) -> None:
         """Show `record`; "step" is how far the work is."""

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import warnings
+from typing import Any
 
 import torch
 import torch.nn.functional as F
@@ -62,7 +63,7 @@ class Compiled:
         # A code of its own: what is compiled is kept by it, and of one code not for many models.
         hidden.__code__ = hidden.__code__.replace()
         # Between its loops a step runs on a CPU in C++ too: a fifteenth less than in Python, for a compiling that is as long.
-        options = {"cpp_wrapper": True} if model.device.type == "cpu" else None
+        options: dict[str, Any] | None = {"cpp_wrapper": True} if model.device.type == "cpu" else None
         self._step = torch.compile(hidden, fullgraph=True, options=options)
 
     def prepare(self) -> None:

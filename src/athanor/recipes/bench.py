@@ -51,7 +51,8 @@ class Config:
 def main(config: Config) -> int:
     if config.plot is not None and config.plot.suffix not in (".svg", ".png"):  # before the work, not after it
         raise ConfigError(f"plot ({str(config.plot)!r}) must end in .svg or .png: rename it")
-    bar = ConsoleTracker("requests", config.load.requests, "answered", console=Console(stderr=True))
+    load = config.load
+    bar = ConsoleTracker("requests", load.requests, "answered", seconds=load.seconds, console=Console(stderr=True))
     begun = datetime.now(timezone.utc)
     key = os.environ.get("OPENAI_API_KEY")
     try:

@@ -145,7 +145,8 @@ def create_server(served: Sequence[Served], options: Options | None = None) -> F
         model = models.find(asked.model)
         seed = secrets.randbits(62)
         ready = await asyncio.to_thread(prompts.of_response, asked, model.served, options.default_max_tokens, seed)
-        return await answer(request, model, ready, ResponseWriter(ready.id, asked, model.served.think), asked.stream)
+        writer = ResponseWriter(ready.id, asked, model.served.tokenizer, model.served.think)
+        return await answer(request, model, ready, writer, asked.stream)
 
     @app.post("/v1/embeddings")
     async def embeddings(request: Request) -> Response:

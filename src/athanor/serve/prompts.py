@@ -40,7 +40,8 @@ def of_chat(chat: ChatRequest, served: Served, default: int | None) -> Prepared:
     if chat.silent and served.think is not None:
         think = served.think[0]
         params = [replace(p, logit_bias=(*(b for b in p.logit_bias if b[0] != think), (think, _NEVER))) for p in params]
-    return _prepared(served, "chatcmpl", zip(ids * chat.n, params, strict=True), cut, chat.priority)
+    field = None if chat.offer.structure() is None else "tools"
+    return _prepared(served, "chatcmpl", zip(ids * chat.n, params, strict=True), cut, chat.priority, field)
 
 
 def _rendered(chat: ChatRequest, served: Served) -> list[int]:
@@ -66,9 +67,12 @@ def of_completion(asked: CompletionRequest, served: Served) -> Prepared:
 
 def of_response(asked: ResponseRequest, served: Served, default: int | None, seed: int) -> Prepared:
     """As `of_chat`."""
-    ids = render(served.tokenizer, asked.conversation(), generation_prompt=True).ids
+    try:
+        ids = render(served.tokenizer, asked.conversation(), generation_prompt=True).ids
+    except RequestError as error:
+        raise RequestError(str(error), "input") from None
     limit = _limit(asked.max_output_tokens, "max_output_tokens", len(ids), served, default, "input")
-    return _prepared(served, "resp", [(ids, asked.sampling(limit, seed))], None, 0)
+    return _prepared(served, "resp", [(ids, asked.sampling(limit, seed))], None, 0, asked.form_field)
 
 
 def tokens_of(asked: TokenizeRequest, served: Served) -> list[int]:
@@ -119,10 +123,21 @@ def _limit(asked: int | None, field: str, prompt: int, served: Served, default: 
 
 
 def _prepared(
-    served: Served, kind: str, pairs: Iterable[tuple[list[int], SamplingParams]], cut: int | None, priority: int
+    served: Served,
+    kind: str,
+    pairs: Iterable[tuple[list[int], SamplingParams]],
+    cut: int | None,
+    priority: int,
+    field: str | None = None,
 ) -> Prepared:
+    """`field` says what form the answer has, where that is none of those that the engine names."""
     answer_id = f"{kind}_{uuid.uuid4().hex}" if kind == "resp" else f"{kind}-{uuid.uuid4().hex}"
     requests = [Request(f"{answer_id}-{i}", ids, p, priority) for i, (ids, p) in enumerate(pairs)]
     if served.engine is not None and requests[0].params.structure is not None:
-        served.engine.prepare(requests[0].params)  # here, where nobody waits for it
+        try:
+            served.engine.prepare(requests[0].params)  # here, where nobody waits for it
+        except RequestError as error:
+            if field is None or error.param is None:
+                raise
+            raise RequestError(str(error).replace(error.param, field, 1), field) from None
     return Prepared(answer_id, requests, cut)

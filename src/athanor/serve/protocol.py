@@ -15,9 +15,7 @@ from athanor.serve.body import Fields, Strict, read, show
 from athanor.serve.events import Event, data
 from athanor.serve.sampling import MAX_LOGPROBS, Sampling, text_or_list
 from athanor.serve.shapes import ChatLogprobs, ErrorBody, Json, PromptLogprobs, Teller, Usage, usage, usage_of
-from athanor.serve.tools import MAX_CALLS, MAX_TOOLS, AssistantCall, CallBody, News, Offer, Said, ToolChoice, ToolSpec
-from athanor.tokenizer.chat import ours
-from athanor.tokenizer.template import CALL
+from athanor.serve.tools import MAX_CALLS, MAX_TOOLS, AssistantCall, CallBody, Listener, Offer, ToolChoice, ToolSpec
 from athanor.tokenizer.vocabulary import Vocabulary
 from athanor.types import Completion, Structure
 
@@ -123,14 +121,7 @@ class ChatRequest(Sampling):
         return Offer.of(self.tools, self.tool_choice, self.parallel_tool_calls)
 
     def structure(self) -> Structure | None:
-        asked, calls = super().structure(), self.offer.structure()
-        if asked is not None and calls is not None:
-            raise RequestError(
-                "'tools' with a forced call, a strict function or no parallel calls say what form the answer has, and so does"
-                " 'response_format' or 'structured_outputs': send one",
-                "tools",
-            )
-        return asked or calls
+        return self.offer.structure_with(super().structure(), "'response_format' or 'structured_outputs'")
 
     def conversation(self) -> list[Mapping[str, Any]]:
         """The messages for `tokenizer.chat.render`, with the tools."""
@@ -216,8 +207,8 @@ class Answer:
 
     def __init__(self, answer_id: str, chat: ChatRequest, tokenizer: Vocabulary, truncated: int | None = None) -> None:
         self._id, self._created, self._chat, self._truncated = answer_id, int(time.time()), chat, truncated
-        self._teller, self._tokenizer, self._offer = Teller(tokenizer), tokenizer, chat.offer
-        self._readers = [self._offer.reader(tokenizer, chat.stops) for _ in range(chat.n)] if self._offer.tools else []
+        self._teller, offer = Teller(tokenizer), chat.offer
+        self._listeners = [Listener(offer, tokenizer, chat.stops) for _ in range(chat.n)]
         self._new = [0] * chat.n  # tokens of each choice so far
 
     def whole(self, completions: Sequence[Completion]) -> ChatAnswer:
@@ -237,27 +228,8 @@ class Answer:
             answer["prompt_token_ids"] = list(first.prompt_ids)
         return answer
 
-    def _said(self, c: Completion) -> Said:
-        """What an answer says. A call that nothing was offered for is text, which the engine leaves out of the content."""
-        if self._offer.tools:
-            return self._offer.read(self._tokenizer, c, self._chat.stops)
-        text = c.text
-        if ours(self._tokenizer).control[CALL] in c.ids:
-            whole = self._offer.read(self._tokenizer, c, self._chat.stops).content
-            text = whole if whole.startswith(text) else text
-        return Said(text, c.reasoning, (), c.finish_reason)
-
-    def _news(self, index: int, chunk: Chunk) -> News:
-        """What is new of a choice."""
-        if self._readers:
-            return self._readers[index].read(chunk)
-        if chunk.completion is None:
-            return News(chunk.content, chunk.reasoning)
-        rest = self._said(chunk.completion).content[len(chunk.completion.text) :]
-        return News(chunk.content + rest, chunk.reasoning, (), chunk.completion.finish_reason)
-
     def _choice(self, index: int, c: Completion) -> Choice:
-        said = self._said(c)
+        said = self._listeners[index].said(c)
         message: AnswerMessage = {"role": "assistant", "content": said.content, "refusal": None}
         if said.calls:
             message["tool_calls"] = list(said.calls)
@@ -284,7 +256,7 @@ class Answer:
     def chunk(self, index: int, chunk: Chunk, prompt: int) -> Iterator[Event]:
         """The events of what is new of a choice; the last of them has its finish_reason."""
         self._new[index] += len(chunk.ids)
-        news = self._news(index, chunk)
+        news = self._listeners[index].news(chunk)
         delta: dict[str, Any] = {"content": news.content} if news.content else {}
         if news.reasoning:
             delta |= {"reasoning_content": news.reasoning, "reasoning": news.reasoning}

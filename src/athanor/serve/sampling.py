@@ -64,11 +64,12 @@ class SchemaFormat(Strict):
     json_schema: JsonSchema
 
 
-def _format(value: object) -> str:
+def format_tag(value: object) -> str:
+    """The tag of a form of the answer."""
     return "<schema>" if isinstance(value, dict) and value.get("type") == "json_schema" else "<any>"
 
 
-Format = Annotated[Annotated[AnyFormat, Tag("<any>")] | Annotated[SchemaFormat, Tag("<schema>")], Discriminator(_format)]
+Format = Annotated[Annotated[AnyFormat, Tag("<any>")] | Annotated[SchemaFormat, Tag("<schema>")], Discriminator(format_tag)]
 
 
 class StructuredOutputs(Strict):
@@ -102,7 +103,7 @@ class StructuredOutputs(Strict):
                 "structured_outputs",
             )
         if self.json_ is not None:
-            return _schema(self.json_, "structured_outputs.json")
+            return schema_form(self.json_, "structured_outputs.json")
         if self.regex is not None:
             return Structure("regex", self.regex)
         if self.choice is not None:
@@ -110,7 +111,7 @@ class StructuredOutputs(Strict):
         return Structure("grammar", self.grammar) if self.grammar is not None else Structure("json", "")
 
 
-def _schema(schema: _Schema | str, param: str) -> Structure:
+def schema_form(schema: _Schema | str, param: str) -> Structure:
     """Raises RequestError for a schema that is no JSON object, too long or too deep."""
     if isinstance(schema, str):
         try:
@@ -217,7 +218,7 @@ class Sampling(Strict):
         if self.structured_outputs:
             return self.structured_outputs.structure()
         if isinstance(asked, SchemaFormat):
-            return _schema(asked.json_schema.schema_, "response_format.json_schema.schema")
+            return schema_form(asked.json_schema.schema_, "response_format.json_schema.schema")
         return Structure("json", "") if asked else None
 
     def sampling(self, max_tokens: int) -> list[SamplingParams]:
