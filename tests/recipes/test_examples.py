@@ -1,5 +1,6 @@
 """The examples are understood: every file by its command, every command on both pages; and models of these shapes fit."""
 
+import random
 import re
 import shlex
 from pathlib import Path
@@ -32,6 +33,22 @@ def test_both_pages_show_the_same_commands_and_files():
 def test_commands_are_understood(line, capsys, monkeypatch):
     monkeypatch.chdir(EXAMPLES.parent)
     assert cli.main([*shlex.split(line)[1:], "--print-config"]) == 0, capsys.readouterr().err
+
+
+@pytest.mark.parametrize("file", [f for f in FILES if "source" not in load_table(f)], ids=lambda file: file.stem)
+def test_recipes_of_text_take_a_step(file, tmp_path, capsys):
+    run, words = str(tmp_path / "run"), re.findall(r"\w+", PAGES[0].read_text("utf-8"))
+    texts = [tmp_path / "a.txt", tmp_path / "b.txt"]
+    for seed, text in enumerate(texts):
+        draw = random.Random(seed)
+        text.write_text("".join(" ".join(draw.choices(words, k=20)) + "\n" for _ in range(1500)), "utf-8")
+    noise = {"bert": "1", "t5": "100"}.get(file.stem, "0")
+    for command in (
+        ("corpus", run, "--text", str(texts[0]), "--heldout", str(texts[1])),
+        ("tokenizer", run, "--vocab-size", "700", "--skills", "0", "--noise", noise),
+        ("pretrain", run, "--config", str(file), "--steps", "1", "--batch-tokens", "1024", "--sinks", "jsonl"),
+    ):
+        assert cli.main(list(command)) == 0, capsys.readouterr().err
 
 
 @pytest.mark.parametrize("file", FILES, ids=lambda file: file.stem)
