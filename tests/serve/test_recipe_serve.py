@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import gc
 import json
 import os
 import queue
@@ -233,6 +234,14 @@ def test_a_server_that_is_told_to_stop_finishes_what_it_has_and_takes_nothing_ne
     else:
         assert answer.text.replace('":"', '": "').count('"finish_reason": "stop"') == len(engine.seen)
     assert ("[DONE]" in answer.text) == (stream and path != "/v1/responses")
+
+
+def test_what_stays_is_not_looked_through_for_garbage_while_it_serves(fake, tokenizer, running):
+    before = gc.get_freeze_count()
+    with running(create_app(fake(), tokenizer, "first"), process.Server) as served:
+        assert httpx.get(f"{served.url}/health").status_code == 200
+        assert gc.get_freeze_count() > before + 10_000
+    assert gc.get_freeze_count() <= before
 
 
 @pytest.mark.parametrize("number", [signal.SIGTERM, signal.SIGINT])

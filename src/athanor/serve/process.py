@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import asyncio
+import gc
 import math
 import socket
 from types import FrameType
@@ -43,7 +44,13 @@ class Server(uvicorn.Server):
 
     async def serve(self, sockets: list[socket.socket] | None = None) -> None:
         self._loop = asyncio.get_running_loop()
-        await super().serve(sockets)
+        # Half a million objects of models and libraries, that stay: looking through them for garbage stops all answers for 0.3 s.
+        gc.collect()
+        gc.freeze()
+        try:
+            await super().serve(sockets)
+        finally:
+            gc.unfreeze()
 
     def handle_exit(self, sig: int, frame: FrameType | None) -> None:
         if self.should_exit:
