@@ -292,7 +292,8 @@ def _pickle(path: Path) -> dict[str, Entry]:
             with zipfile.ZipFile(path) as archive:
                 if any(member.compress_type != zipfile.ZIP_STORED for member in archive.infolist()):
                     raise ValueError("a member is compressed")  # torch never writes one, and maps it as if it were not
-        content = torch.load(path, map_location="cpu", mmap=zipped, weights_only=True)
+        with torch.sparse.check_sparse_tensor_invariants():  # refused below, but made here already, by indices of any kind
+            content = torch.load(path, map_location="cpu", mmap=zipped, weights_only=True)
     except Exception as error:  # whatever a damaged or hostile pickle brings about
         reason = str(error).strip().split("\n")[0] or type(error).__name__
         raise CheckpointError(f"{path} is not a pickle of tensors alone ({reason:.300}): {_AGAIN}") from error
