@@ -11,6 +11,7 @@ from typing import Protocol
 import numpy as np
 import torch
 import torch.nn.functional as F
+from numpy.typing import NDArray
 
 from athanor.core.errors import ConfigError, DataError
 from athanor.data.shards import TokenShard
@@ -163,7 +164,8 @@ class Rows:
         self.count = (len(shard.tokens) - 1) // length
         if self.count < 1:
             raise ConfigError(f"row length ({length}) must be below the {len(shard.tokens)} tokens of the shard: lower it")
-        self._epoch, self._order = -1, np.empty(0, dtype=np.int64)
+        self._epoch = -1
+        self._order: NDArray[np.int64] = np.empty(0, dtype=np.int64)
 
     def batch(self, first: int, count: int) -> Batch:
         """Rows `first` .. `first` + `count` - 1 of the endless shuffled order."""

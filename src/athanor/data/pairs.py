@@ -15,6 +15,7 @@ from typing import NamedTuple
 
 import numpy as np
 import torch
+from numpy.typing import NDArray
 
 from athanor.core.errors import ConfigError, DataError
 from athanor.data import compressed
@@ -192,7 +193,7 @@ class PairBatches:
         if longest > batch_tokens:
             raise ConfigError(f"batch_tokens ({batch_tokens}) must hold the longest pair, of {longest} tokens: raise it")
         self.per_epoch = max(1, self._total // batch_tokens)
-        self._epoch, self._batches = -1, list[np.ndarray]()
+        self._epoch, self._batches = -1, list[NDArray[np.int64]]()
 
     def batch(self, step: int) -> Batch:
         """Batch number `step` of the endless order."""
@@ -201,7 +202,7 @@ class PairBatches:
             self._epoch, self._batches = epoch, self._plan(epoch)
         return pack([self._pairs[i] for i in self._batches[place]], self._start, f"epoch {epoch + 1}, batch {place + 1}")
 
-    def _plan(self, epoch: int) -> list[np.ndarray]:
+    def _plan(self, epoch: int) -> list[NDArray[np.int64]]:
         rng = np.random.default_rng([self._seed, epoch])
         order = rng.permutation(len(self._pairs))
         pool = np.cumsum(self._sizes[order]) * self.per_epoch // (self._total * _POOL)
