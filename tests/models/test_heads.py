@@ -14,6 +14,7 @@ from athanor.models.heads import HEADS, Labels
 from athanor.nn.context import Packed, Padded
 from athanor.types import IGNORE
 from tests.models.reference import (
+    attention_of,
     cases,
     config_of,
     files,
@@ -64,11 +65,6 @@ def theirs_of(case, task, **fields):
     if settings.is_encoder_decoder and getattr(settings, "decoder_start_token_id", None) is None:
         settings.decoder_start_token_id = settings.pad_token_id  # as in the files of every T5
     return randomised(cls._from_config(settings, dtype=torch.float32, attn_implementation=attention_of(cls, settings)))
-
-
-def attention_of(cls, config):
-    """How transformers attends: up to 5.20 its heads of Gemma 2 forget the limit of scores in sdpa."""
-    return "sdpa" if cls._supports_sdpa and not getattr(config, "attn_logit_softcapping", None) else "eager"
 
 
 def ours_of(theirs, folder):

@@ -102,7 +102,8 @@ def test_they_read_our_folder_and_files_are_equal_in_keys_and_bits(case, tmp_pat
     a, b = files(tmp_path / "theirs"), files(tmp_path / "ours")
     assert a.keys() == b.keys()
     assert all(torch.equal(a[k], b[k]) and a[k].dtype == b[k].dtype for k in a)
-    again, report = type(theirs).from_pretrained(tmp_path / "ours", output_loading_info=True)
+    attention = theirs.config._attn_implementation
+    again, report = type(theirs).from_pretrained(tmp_path / "ours", output_loading_info=True, attn_implementation=attention)
     assert not any(report.values()), report
     given = inputs(config, ours.kind)
     with torch.no_grad():
