@@ -5,10 +5,12 @@ import torch
 import torch.nn.functional as F
 from hypothesis import given
 from hypothesis import strategies as st
+from torch.autograd.graph import saved_tensors_hooks
 from torch.func import functional_call
 
 from athanor.nn import linear as module
 from athanor.nn.linear import Linear, linear
+from athanor.nn.norms import RMSNorm
 
 here = pytest.mark.skipif(module._POINTWISE is None, reason="this PyTorch has no oneDNN, or this is no x86")
 
@@ -165,3 +167,37 @@ def test_gradients_never_go_through_packed_weights():
     with torch.autocast("cpu", dtype=torch.bfloat16):
         layer(x).sum().backward()
     assert x.grad is not None and layer.weight.grad is not None
+
+
+@pytest.mark.parametrize("offset", [0.0, 1.0])
+@pytest.mark.parametrize("precision", ["fp32", "bf16"])
+def test_what_a_norm_gives_is_made_again_and_not_kept(precision, offset):
+    """The same bits as where it is kept, and no memory of it."""
+    torch.manual_seed(0)
+    norm, layer, x = RMSNorm(32, offset=offset), Linear(32, 48), torch.randn(2, 64, 32, requires_grad=True)
+    with torch.no_grad():
+        norm.weight.normal_()
+    target, kept = torch.randn(2, 64, 48), []
+
+    def gradients(forget):
+        with torch.autocast("cpu", torch.bfloat16, enabled=precision == "bf16"):
+            normed = norm(x)
+            given = normed.view_as(normed) if forget else normed  # a view knows nothing of how it was made
+            with saved_tensors_hooks(lambda t: kept.append(t.data_ptr()) or t, lambda t: t):
+                out = layer(given)
+        assert (normed.data_ptr() in kept) == forget
+        kept.clear()
+        return torch.autograd.grad((out.float() * target).sum(), [x, *norm.parameters(), *layer.parameters()])
+
+    for again, plain in zip(gradients(forget=False), gradients(forget=True), strict=True):
+        assert torch.equal(again, plain)
+
+
+def test_what_it_is_made_of_may_not_change_before_the_backward_pass():
+    norm, layer = RMSNorm(32), Linear(32, 64)
+    x = torch.randn(64, 32, requires_grad=True) * 1
+    out = layer(norm(x))
+    with torch.no_grad():
+        norm.weight.add_(1)
+    with pytest.raises(RuntimeError, match="modified by an inplace operation"):
+        out.sum().backward()

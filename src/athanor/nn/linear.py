@@ -20,7 +20,7 @@ from torch import Tensor, nn
 from torch.utils._python_dispatch import is_traceable_wrapper_subclass
 from torch.utils.weak import WeakTensorKeyDictionary
 
-from athanor.nn.norms import compute_dtype
+from athanor.nn.norms import Remake, compute_dtype, remake_of
 
 _ROWS = 64
 
@@ -144,26 +144,31 @@ def product(x: Tensor, weight: Tensor, bias: Tensor | None) -> Tensor:
 
 class _Product(torch.autograd.Function):
     @staticmethod
-    def forward(ctx: Any, x: Tensor, weight: Tensor, bias: Tensor | None, dtype: torch.dtype) -> Tensor:
+    def forward(
+        ctx: Any, x: Tensor, weight: Tensor, bias: Tensor | None, dtype: torch.dtype, remake: Remake | None
+    ) -> Tensor:
         ctx.shape, ctx.dtypes = x.shape, (x.dtype, weight.dtype, None if bias is None else bias.dtype)
         x = x.to(dtype).contiguous()
         need_x, need_weight = ctx.needs_input_grad[:2]
-        ctx.save_for_backward(x if need_weight else None, weight if need_x else None)
+        ctx.make = None if remake is None else remake.make
+        of = (x,) if remake is None else remake.of
+        ctx.save_for_backward(weight if need_x else None, *(of if need_weight else ()))
         return product(x, weight.to(dtype), None if bias is None else bias.to(dtype))
 
     @staticmethod
     @torch.autograd.function.once_differentiable
     def backward(ctx: Any, *grads: Tensor) -> tuple[Tensor | None, ...]:
-        x, weight = ctx.saved_tensors
+        weight, *of = ctx.saved_tensors
         rows = grads[0].reshape(-1, grads[0].shape[-1])
         d_x = d_weight = d_bias = None
         if ctx.needs_input_grad[0]:
             d_x = multiply(rows, weight.to(rows.dtype).t()).view(ctx.shape).to(ctx.dtypes[0])
         if ctx.needs_input_grad[1]:
-            d_weight = torch.mm(rows.t(), x.view(-1, x.shape[-1])).to(ctx.dtypes[1])
+            x = (of[0] if ctx.make is None else ctx.make(*of)).to(rows.dtype)
+            d_weight = torch.mm(rows.t(), x.reshape(-1, x.shape[-1])).to(ctx.dtypes[1])
         if ctx.needs_input_grad[2]:
             d_bias = rows.sum(0, dtype=ctx.dtypes[2])
-        return d_x, d_weight, d_bias, None
+        return d_x, d_weight, d_bias, None, None
 
 
 def owns(weight: Tensor) -> bool:
@@ -179,9 +184,12 @@ def _casts(x: Tensor, weight: Tensor) -> bool:
 
 def linear(x: Tensor, weight: Tensor, bias: Tensor | None = None) -> Tensor:
     """x weight^T + bias: (..., I), (O, I), (O,) -> (..., O), as `torch.nn.functional.linear` up to rounding."""
-    if not torch.is_grad_enabled() or not (_pays(x, weight) or _casts(x, weight)):
+    if not torch.is_grad_enabled():
         return product(x, weight, bias)
-    out: Tensor = _Product.apply(x, weight, bias, compute_dtype(x))
+    remake = remake_of(x) if weight.requires_grad and owns(weight) else None
+    if remake is None and not _pays(x, weight) and not _casts(x, weight):
+        return product(x, weight, bias)
+    out: Tensor = _Product.apply(x, weight, bias, compute_dtype(x), remake)
     return out
 
 

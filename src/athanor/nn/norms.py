@@ -2,10 +2,24 @@
 
 from __future__ import annotations
 
-from typing import Any
+from collections.abc import Callable
+from functools import partial
+from typing import Any, NamedTuple
 
 import torch
 from torch import Tensor, nn
+
+
+class Remake(NamedTuple):
+    """How a tensor is made once more, bit for bit, of others that a backward pass holds anyway: it need not be kept itself."""
+
+    of: tuple[Tensor, ...]
+    make: Callable[..., Tensor]
+
+
+def remake_of(x: Tensor) -> Remake | None:
+    """How x is made once more, where whoever made it left word."""
+    return getattr(x, "_remake", None)
 
 
 def compute_dtype(x: Tensor) -> torch.dtype:
@@ -70,5 +84,12 @@ def rms_norm(x: Tensor, weight: Tensor, eps: float, offset: float = 0.0) -> Tens
     """What `RMSNorm` computes. A weight (H, dim) is one for each of the heads of x (..., H, dim)."""
     if not torch.is_grad_enabled():
         return _normalised(x, weight, eps, compute_dtype(x), offset)[0]
-    y: Tensor = _RMSNorm.apply(x, weight, eps, compute_dtype(x), offset)
+    dtype = compute_dtype(x)
+    y: Tensor = _RMSNorm.apply(x, weight, eps, dtype, offset)
+    if not torch.compiler.is_compiling():
+        y._remake = Remake((x, weight), partial(_renormalised, eps, dtype, offset))  # type: ignore[attr-defined]  # for `remake_of`
     return y
+
+
+def _renormalised(eps: float, dtype: torch.dtype, offset: float, x: Tensor, weight: Tensor) -> Tensor:
+    return _normalised(x, weight, eps, dtype, offset)[0]
