@@ -24,7 +24,7 @@ from pathlib import Path
 from types import ModuleType
 from typing import Annotated, Any, NamedTuple
 
-from cyclopts import App, ArgumentCollection, CoercionError, CycloptsError, Group, Parameter
+from cyclopts import App, ArgumentCollection, CoercionError, CycloptsError, Group, Parameter, Token, convert
 from docstring_parser import parse_from_object
 from rich.console import Console
 from rich.text import Text
@@ -207,6 +207,7 @@ def _parameter(option: _Option, in_file: bool, by_place: bool) -> inspect.Parame
         group=Group(".".join(option.path[:-1]), sort_key=2) if len(option.path) > 1 else Group("Options", sort_key=1),
         show_default=not empty,
         negative_iterable=None if variable else (),
+        converter=_none_or_value if not empty and type(None) in typing.get_args(option.hint) else None,
     )
     return inspect.Parameter(
         option.key,
@@ -215,6 +216,17 @@ def _parameter(option: _Option, in_file: bool, by_place: bool) -> inspect.Parame
         # None stands for a value that the config file will give, and says so: pydantic, where it is loaded, checks defaults.
         annotation=Annotated[option.hint | None if empty else option.hint, setting],
     )
+
+
+def _none_or_value(hint: Any, tokens: Sequence[Token]) -> Any:
+    """Of a field with a default only the word says that it is to have no value, which Cyclopts knows from 5 on."""
+    values = [token.value for token in tokens]
+    if values == ["none"]:
+        return None
+    try:
+        return convert(hint, values)
+    except CoercionError as error:  # of a field that it does not know
+        raise CoercionError(token=tokens[0], target_type=error.target_type) from None
 
 
 def _refuse_fractions(app: App, commands: tuple[str, ...], arguments: ArgumentCollection) -> None:

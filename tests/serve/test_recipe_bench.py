@@ -83,5 +83,7 @@ def test_the_key_comes_from_the_environment(go, running, monkeypatch):
 def test_refused_before_any_work(go):
     status, _, err = go("http://localhost:1", "--plot", "load.gif")
     assert (status, err) == (1, "plot ('load.gif') must end in .svg or .png: rename it")
+    status, _, err = go("http://localhost:1", "--load.rate", "fast")
+    assert (status, err) == (2, 'Invalid value for --load.rate: unable to convert "fast" into float.')
     assert go("localhost:1")[0] == 1
     assert cli.main(["bench", "swerve", "http://localhost:1"]) == 2

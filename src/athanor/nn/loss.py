@@ -61,16 +61,18 @@ def _chunk(
     The gradient of the logits goes into the first n rows of `grad`, its sum over rows is added to `d_bias`, each where given.
     """
     logits = out.logits(h, len(y))
-    logprobs = torch.log_softmax(logits, dim=1)
+    top, picked = logits.amax(dim=1, keepdim=True), logits.gather(1, y)
+    probs = torch.softmax(logits, dim=1)
+    # Exponentials are taken once: with z* the largest logit and p* its probability, log softmax(z) = z - z* + log p*.
+    log_top = probs.amax(dim=1, keepdim=True).log_()
+    correct = (picked >= top).sum()
+    total = (top - picked - log_top).sum(dtype=torch.float64) * (1 - smoothing)
+    if smoothing:
+        total -= (logits - top + log_top).sum(dtype=torch.float64) * (smoothing / logits.shape[1])
     slope = None if out.softcap is None or grad is None else out.slope(logits)
     del logits
-    picked = logprobs.gather(1, y)
-    correct = (picked >= logprobs.amax(dim=1, keepdim=True)).sum()
-    total = -picked.sum(dtype=torch.float64) * (1 - smoothing)
-    if smoothing:
-        total -= logprobs.sum(dtype=torch.float64) * (smoothing / logprobs.shape[1])
     if grad is not None:
-        grad32 = logprobs.exp_().scatter_add_(1, y, torch.full_like(picked, smoothing - 1))
+        grad32 = probs.scatter_add_(1, y, torch.full_like(picked, smoothing - 1))
         if smoothing:
             grad32 -= smoothing / grad32.shape[1]
         if slope is not None:

@@ -58,7 +58,8 @@ def gradients(
     if not torch.isfinite(sums.loss):
         raise NonFiniteLossError(f"the loss is {sums.loss.item()} over batches {origins}")
     params = [p for optimizer in optimizers for group in optimizer.param_groups for p in group["params"]]
-    torch._foreach_mul_([local(p.grad) for p in params if p.grad is not None], 1.0 / (sums.count * scale))
+    if not sums.divided:
+        torch._foreach_mul_([local(p.grad) for p in params if p.grad is not None], 1.0 / (sums.count * scale))
     norm = strategy.norm(params)
     if not torch.isfinite(norm):
         raise NonFiniteLossError(f"the gradient norm is {norm.item()} over batches {origins}")
@@ -69,7 +70,8 @@ def gradients(
 def apply(optimizers: Sequence[torch.optim.Optimizer], *, grad_norm: float, clip: float, lr_factor: float) -> None:
     """Clip the gradients to the norm `clip`, set each group's rate to `lr_factor` times its `base_lr`, and update."""
     params = [p for optimizer in optimizers for group in optimizer.param_groups for p in group["params"]]
-    torch._foreach_mul_([local(p.grad) for p in params if p.grad is not None], min(1.0, clip / (grad_norm + 1e-6)))
+    if (factor := clip / (grad_norm + 1e-6)) < 1.0:
+        torch._foreach_mul_([local(p.grad) for p in params if p.grad is not None], factor)
     for optimizer in optimizers:
         for group in optimizer.param_groups:
             group["lr"] = group["base_lr"] * lr_factor

@@ -21,11 +21,15 @@ Objective = Callable[[Any, Batch], tuple[Tensor, int, dict[str, Tensor]]]
 
 @dataclass
 class Sums:
-    """What an objective said of all micro-batches, on all processes once `Strategy.reduce` ran: sums, not means."""
+    """What an objective said of all micro-batches, on all processes once `Strategy.reduce` ran: sums, not means.
+
+    divided  whether the gradients are of the mean already
+    """
 
     loss: Tensor  # float64 scalar
     count: int = 0
     metrics: dict[str, Tensor] = field(default_factory=dict)
+    divided: bool = False
 
     def add(self, loss: Tensor, count: int, metrics: dict[str, Tensor]) -> None:
         """Count what one micro-batch gave."""
@@ -80,8 +84,10 @@ class Alone:
                 loss, count, metrics = objective(model, batch.to(device))
             if not torch.isfinite(loss):
                 raise NonFiniteLossError(f"the loss of batch {batch.origin!r} is {loss.item()}")
-            (loss if scale == 1.0 else loss * scale).backward()
             sums.add(loss, count, metrics)
+            # Of the only micro-batch the count is known: one pass over all gradients less.
+            sums.divided = len(micro) == 1 and scale == 1.0 and count > 0
+            (loss / count if sums.divided else loss if scale == 1.0 else loss * scale).backward()
         return sums
 
     def reduce(self, model: LanguageModel, sums: Sums) -> Sums:
