@@ -34,7 +34,10 @@ def _normalised(x: Tensor, weight: Tensor, eps: float, dtype: torch.dtype, offse
     x32 = x.float()
     norm = torch.linalg.vector_norm(x32, dim=-1, keepdim=True)
     rstd = torch.rsqrt(norm.square_().div_(x.shape[-1]).add_(eps))
-    return (x32 * rstd).mul_(factor).to(dtype), factor, rstd
+    y = x32 * rstd
+    # torch 2.11 compiles a Function to gradients of zero where what it gives was made in place, or by a `to` that does nothing.
+    y = y * factor if torch.compiler.is_compiling() else y.mul_(factor)
+    return y if y.dtype == dtype else y.to(dtype), factor, rstd
 
 
 class _RMSNorm(torch.autograd.Function):

@@ -93,10 +93,11 @@ def _turn(x: Tensor, cos: Tensor, sin: Tensor) -> Tensor:
     wide = x.to(cos.dtype)
     out = wide * cos
     if torch.compiler.is_compiling() or x.numel() <= _FEW:  # no compiler is to make one function for few and one for many
-        return out.addcmul_(wide.roll(half, -1), sin).to(x.dtype)
-    out[..., :half].addcmul_(wide[..., half:], sin[..., :half])
-    out[..., half:].addcmul_(wide[..., :half], sin[..., half:])
-    return out.to(x.dtype)
+        out = torch.addcmul(out, wide.roll(half, -1), sin)
+    else:
+        out[..., :half].addcmul_(wide[..., half:], sin[..., :half])
+        out[..., half:].addcmul_(wide[..., :half], sin[..., half:])
+    return out if out.dtype == x.dtype else out.to(x.dtype)  # so, and not in place, for torch 2.11: see `norms.py`
 
 
 class _Rotate(torch.autograd.Function):
