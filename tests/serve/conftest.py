@@ -20,6 +20,7 @@ from athanor.lm import LM
 from athanor.models import llama
 from athanor.tokenizer.bpe import Tokenizer
 from athanor.types import Completion, Request, SamplingParams, Timing, TokenLogprob
+from tests.conftest import tiny_of
 
 TEXT = "The quick brown fox jumps over the lazy dog and says 12 + 30 = 42. "
 
@@ -123,6 +124,12 @@ def fake() -> type[FakeEngine]:
 @pytest.fixture(scope="session")
 def tokenizer() -> Tokenizer:
     return Tokenizer.train([TEXT * 3], 300)
+
+
+@pytest.fixture(scope="session")
+def tiny(tokenizer: Tokenizer) -> Callable[..., llama.Model]:
+    """The one of all rooms, for this room's tokenizer."""
+    return tiny_of(tokenizer.vocab_size)
 
 
 @dataclass

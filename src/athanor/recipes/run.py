@@ -15,10 +15,6 @@ from athanor.core.stage import open_run
 from athanor.train import plan as planning
 from athanor.train.plan import Plan
 
-# Parameters up to which Muon was seen to learn faster with more than the usual rate (docs/log.md).
-SMALL = 10_000_000
-
-
 @dataclass(frozen=True)
 class Config:
     out: Path = Path("runs/first")
@@ -42,8 +38,7 @@ def main(config: Config) -> int:
     life.stage("tokenizer", vocab_size=p.vocab_size, sample=p.tokenizer_sample)
     common = {"precision": p.precision, "seed": config.seed, "save_seconds": config.save_seconds}
     batches = {"batch_tokens": p.batch_tokens, "context": p.context}
-    optim = {"lr": 8e-3} if p.parameters < SMALL else {}
-    life.stage("pretrain", steps=life.steps("pretrain"), shape=p.shape, optim=optim, **batches, **common)
+    life.stage("pretrain", steps=life.steps("pretrain"), shape=p.shape, **batches, **common)
     life.evaluate("base")
     life.stage("sft", steps=life.steps("sft"), **batches, **common)
     life.evaluate("sft")
