@@ -15,6 +15,7 @@ from athanor.core.stage import open_run
 from athanor.train import plan as planning
 from athanor.train.plan import Plan
 
+
 @dataclass(frozen=True)
 class Config:
     out: Path = Path("runs/first")
