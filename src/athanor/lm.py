@@ -105,7 +105,7 @@ class LM:
     def engine(self, max_batch: int = 64, precision: Precision = "fp32", **options: Any) -> Engine:
         """A new engine over this model; `options` are others of `Engine`. Raises ConfigError for one that generates no text."""
         self._check_generates()
-        return Engine(self.model, self.tokenizer, max_batch=max_batch, precision=precision, **options)  # type: ignore[arg-type]  # checked
+        return Engine(self.model, self.tokenizer, max_batch=max_batch, precision=precision, **options)  # type: ignore[arg-type]  # it generates
 
     def _check_generates(self) -> None:
         if self.model.kind not in ("decoder", "encoder_decoder") or self.model.task != "lm":

@@ -135,10 +135,12 @@ class Structure:
     kind   json_schema (value: the schema as JSON text), json (any object; value ""), regex, choice (value: the choices as a JSON
            list of texts) or grammar (Lark)
     value  what describes it
+    param  the request's field that errors name; by default response_format for JSON and structured_outputs for the others
     """
 
     kind: Literal["json_schema", "json", "regex", "choice", "grammar"]
     value: str
+    param: str = field(default="", compare=False)
 
 
 @dataclass(frozen=True, slots=True)

@@ -5,6 +5,7 @@ import re
 import subprocess
 import sys
 import tempfile
+from dataclasses import replace
 from pathlib import Path
 
 import jsonschema
@@ -427,7 +428,7 @@ def test_what_is_wrong_is_named(ours, structure, param, message):
     assert str(caught.value).startswith(f"the form that {param} asks for cannot be followed: ")
     assert len(str(caught.value)) < 600 and "\n" not in str(caught.value)
     with pytest.raises(RequestError, match="the form that tools asks for") as caught:
-        Constraint(constrained.compile(structure, ours, PADDED, param="tools"))
+        Constraint(constrained.compile(replace(structure, param="tools"), ours, PADDED))
     assert caught.value.param == "tools"
 
 

@@ -210,7 +210,7 @@ def test_parameters_that_cannot_be_kept_to_are_named(tokenizer: Tokenizer) -> No
         with pytest.raises(
             RequestError, match=r'the form that tools asks for cannot be followed: .*Unimplemented keys: \["not"\]'
         ) as e:
-            constrained.compile(structure, tokenizer, tokenizer.vocab_size, param="tools")
+            constrained.compile(structure, tokenizer, tokenizer.vocab_size)
         assert e.value.param == "tools"
     assert offer(function).structure() is None
 

@@ -102,8 +102,8 @@ class ConsoleTracker:
     """Shows steps done, rate, time left and the first few fields of the last record.
 
     On a terminal a moving bar (rich); elsewhere a plain line at most every 5 seconds, and the last record's. `start` is
-    the step a resumed run begins at; the rate counts from there. The work ends after `seconds`,
-    done or not. `console` and `clock` are for tests.
+    the step a resumed run begins at; the rate counts from there. The work ends after `seconds`, done or not. `console`
+    and `clock` are for tests.
     """
 
     def __init__(
@@ -120,7 +120,7 @@ class ConsoleTracker:
         from rich.console import Console
 
         self._title, self._total, self._unit, self._clock = title, total, unit, clock
-        self._start, self._seconds, self._began = start, math.inf if seconds is None else seconds, clock()
+        self._start, self._most, self._began = start, math.inf if seconds is None else seconds, clock()
         self._console = console or Console(file=sys.stdout)
         self._pending: str | None = None
         self._printed = -math.inf
@@ -140,7 +140,7 @@ class ConsoleTracker:
         if seconds <= 0 or done <= 0:
             return self._unit
         rate = done / seconds
-        left = min(math.inf if self._total is None else (self._total - step) / rate, self._seconds - seconds)
+        left = min(math.inf if self._total is None else (self._total - step) / rate, self._most - seconds)
         return f"{self._unit}  {rate:.3g}/s" + (f"  {_seconds(left)} left" if 0 < left < math.inf else "")
 
     def log(self, record: Mapping[str, Any]) -> None:

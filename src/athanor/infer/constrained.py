@@ -158,7 +158,7 @@ class Constraint:
                 self._matcher.rollback(formed)
 
 
-def compile(structure: Structure, tokenizer: Vocabulary, vocab_size: int, *, param: str | None = None) -> Grammar:
+def compile(structure: Structure, tokenizer: Vocabulary, vocab_size: int) -> Grammar:
     """Make `structure` ready for answers of a model of `vocab_size` tokens; kept, so that the next time costs nothing.
 
     It takes milliseconds, or a second for the largest forms, and some seconds for the first one with a new tokenizer.
@@ -166,13 +166,12 @@ def compile(structure: Structure, tokenizer: Vocabulary, vocab_size: int, *, par
     Args:
         structure: see `types.Structure`. A grammar is in llguidance's Lark; of control tokens it can ask for those of thoughts
             and of calls of tools, and for no other.
-        param: the request's field that errors name, response_format for JSON and structured_outputs for the others by default.
 
     Raises:
         MissingExtraError: llguidance is not installed.
         RequestError: the structure is malformed, uses what the library does not know, can never be fulfilled, or is too large.
     """
-    param = param or _PARAM.get(structure.kind, "structured_outputs")
+    param = structure.param or _PARAM.get(structure.kind, "structured_outputs")
     key = _Key(type(tokenizer), tokenizer.hash, tokenizer)
     table = _table(key)
     matcher = _compiled(structure.kind, structure.value, key, param)

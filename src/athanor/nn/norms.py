@@ -90,7 +90,7 @@ def rms_norm(x: Tensor, weight: Tensor, eps: float, offset: float = 0.0) -> Tens
     dtype = compute_dtype(x)
     y: Tensor = _RMSNorm.apply(x, weight, eps, dtype, offset)
     if not torch.compiler.is_compiling():
-        y._remake = Remake((x, weight), partial(_renormalised, eps, dtype, offset))  # type: ignore[attr-defined]  # for `remake_of`
+        y._remake = Remake((x, weight), partial(_renormalised, eps, dtype, offset))  # type: ignore[attr-defined]  # our own, see `remake_of`
     return y
 
 

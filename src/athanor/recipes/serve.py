@@ -52,7 +52,7 @@ class Config:
     precision: Precision = "fp32"
     """Of the matrix products: bf16 is faster, and on CPUs takes 2 bytes a weight more."""
     compile: bool = False
-    """Compile the step that decodes: a minute or two at the start, and answers 1.2 to 1.5 times as fast on CPUs."""
+    """Compile the step that decodes: about a minute at the start, and answers 1.2 to 1.5 times as fast on CPUs."""
     deterministic: bool = False
     """The same answer to the last bit, whatever else is answered or in the cache: two to four times slower."""
     guess: int | Literal["heads"] = 0

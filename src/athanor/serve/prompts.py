@@ -40,8 +40,7 @@ def of_chat(chat: ChatRequest, served: Served, default: int | None) -> Prepared:
     if chat.silent and served.think is not None:
         think = served.think[0]
         params = [replace(p, logit_bias=(*(b for b in p.logit_bias if b[0] != think), (think, _NEVER))) for p in params]
-    field = None if chat.offer.structure() is None else "tools"
-    return _prepared(served, "chatcmpl", zip(ids * chat.n, params, strict=True), cut, chat.priority, field)
+    return _prepared(served, "chatcmpl", zip(ids * chat.n, params, strict=True), cut, chat.priority)
 
 
 def _rendered(chat: ChatRequest, served: Served) -> list[int]:
@@ -72,7 +71,7 @@ def of_response(asked: ResponseRequest, served: Served, default: int | None, see
     except RequestError as error:
         raise RequestError(str(error), "input") from None
     limit = _limit(asked.max_output_tokens, "max_output_tokens", len(ids), served, default, "input")
-    return _prepared(served, "resp", [(ids, asked.sampling(limit, seed))], None, 0, asked.form_field)
+    return _prepared(served, "resp", [(ids, asked.sampling(limit, seed))], None, 0)
 
 
 def tokens_of(asked: TokenizeRequest, served: Served) -> list[int]:
@@ -123,21 +122,10 @@ def _limit(asked: int | None, field: str, prompt: int, served: Served, default: 
 
 
 def _prepared(
-    served: Served,
-    kind: str,
-    pairs: Iterable[tuple[list[int], SamplingParams]],
-    cut: int | None,
-    priority: int,
-    field: str | None = None,
+    served: Served, kind: str, pairs: Iterable[tuple[list[int], SamplingParams]], cut: int | None, priority: int
 ) -> Prepared:
-    """`field` says what form the answer has, where that is none of those that the engine names."""
     answer_id = f"{kind}_{uuid.uuid4().hex}" if kind == "resp" else f"{kind}-{uuid.uuid4().hex}"
     requests = [Request(f"{answer_id}-{i}", ids, p, priority) for i, (ids, p) in enumerate(pairs)]
     if served.engine is not None and requests[0].params.structure is not None:
-        try:
-            served.engine.prepare(requests[0].params)  # here, where nobody waits for it
-        except RequestError as error:
-            if field is None or error.param is None:
-                raise
-            raise RequestError(str(error).replace(error.param, field, 1), field) from None
+        served.engine.prepare(requests[0].params)  # here, where nobody waits for it
     return Prepared(answer_id, requests, cut)

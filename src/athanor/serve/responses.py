@@ -5,6 +5,7 @@ from __future__ import annotations
 import json
 import time
 from collections.abc import Iterator, Mapping, Sequence
+from dataclasses import replace
 from typing import TYPE_CHECKING, Annotated, Any, ClassVar, Literal
 
 from pydantic import Discriminator, Field, Tag
@@ -101,15 +102,10 @@ class ResponseRequest(Strict):
         asked = None if self.text is None else self.text.format
         form = None
         if isinstance(asked, FlatSchema):
-            form = schema_form(asked.schema_, "text.format.schema")
+            form = replace(schema_form(asked.schema_, "text.format.schema"), param="text.format")
         elif asked is not None and asked.type == "json_object":
-            form = Structure("json", "")
+            form = Structure("json", "", "text.format")
         return self.offer.structure_with(form, "'text.format'")
-
-    @property
-    def form_field(self) -> str:
-        """The field that says the form of the answer, where there is one."""
-        return "text.format" if self.offer.structure() is None else "tools"
 
     def check(self) -> None:
         self.structure()
@@ -225,7 +221,6 @@ class ResponseWriter:
         self._count = 0  # events so far
         self._items: list[OutputItem | OutputCall] = []  # of a stream, in the order in which they began
         self._texts: list[list[str]] = []  # theirs, in pieces: put together once, at the end
-        self._calls: list[int] = []  # where the calls stand among them
 
     def whole(self, completions: Sequence[Completion]) -> ResponseBody:
         """The body of a response that is not streamed."""
@@ -284,14 +279,16 @@ class ResponseWriter:
         error = body["error"]
         yield self._event("error", code=error["code"], message=error["message"], param=error["param"])
 
+    def _begin(self, item: OutputItem | OutputCall) -> int:
+        self._items.append(item)
+        self._texts.append([])
+        return len(self._items) - 1
+
     def _called(self, call: CallDelta) -> Iterator[Event]:
-        if call["index"] == len(self._calls):
-            place, item = len(self._items), _call(call["id"], call["function"]["name"], "")
-            self._items.append(item)
-            self._texts.append([])
-            self._calls.append(place)
-            yield self._event("response.output_item.added", output_index=place, item=item)
-        place = self._calls[call["index"]]
+        if "id" in call:  # it begins; calls come one after another
+            item = _call(call["id"], call["function"]["name"], "")
+            yield self._event("response.output_item.added", output_index=self._begin(item), item=item)
+        place = max(i for i, item in enumerate(self._items) if item["type"] == "function_call")
         if arguments := call["function"]["arguments"]:
             self._texts[place].append(arguments)
             at = {"item_id": self._items[place]["id"], "output_index": place}
@@ -300,9 +297,8 @@ class ResponseWriter:
     def _delta(self, kind: Literal["message", "reasoning"], text: str) -> Iterator[Event]:
         place = next((i for i, item in enumerate(self._items) if item["type"] == kind), None)
         if place is None:
-            place, item = len(self._items), self._item(kind, "")
-            self._items.append(item)
-            self._texts.append([])
+            item = self._item(kind, "")
+            place = self._begin(item)
             yield self._event("response.output_item.added", output_index=place, item={**item, "content": []})
             at = {"item_id": item["id"], "output_index": place, "content_index": 0}
             yield self._event("response.content_part.added", **at, part=item["content"][0])

@@ -238,7 +238,7 @@ class Offer:
         fewest = 0 if self.forced is None else 1
         calls = f"call{{{fewest},{MAX_CALLS if self.parallel else 1}}}"
         start = f"start: {calls}" if self.forced else f"start: TEXT {calls}\nTEXT: /(.|\\n)*/"
-        return Structure("grammar", "\n".join([start, *rules]))
+        return Structure("grammar", "\n".join([start, *rules]), "tools")
 
     def structure_with(self, asked: Structure | None, fields: str) -> Structure | None:
         """The form of the answer where `fields` of the request may ask for one too. Raises RequestError where both do."""
