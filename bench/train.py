@@ -4,9 +4,9 @@ pre-training  packed rows of one length: our step beside Trainer in the same pre
 tuning        ragged conversations: our step, which packs them, beside Trainer, which pads or flattens them
 memory        of two pre-training steps at a vocabulary of 32,768, each side in a process of its own
 
-The sides live in one process with the same threads and the same allocator settings (`tune_allocator`, so it serves the peer
-too) and take turns; nothing is compiled unless asked. A ratio is the median of the ratios of the rounds. Before anything is
-timed, both sides must compute the same loss from the same weights and batch.
+Each side lives in a process of its own as its users have it, with the same threads, and they take turns; nothing is compiled
+unless asked. Our recipes set the allocator (`tune_allocator`), and `--tuned-peer` does it for Trainer too. A ratio is the median
+of the ratios of the rounds. Before anything is timed, both sides must compute the same loss from the same weights and batch.
 """
 
 from __future__ import annotations
@@ -45,12 +45,13 @@ SHAPES = {
 
 def show_pretraining(name: str, r: Mapping[str, Any]) -> None:
     print(f"\nPre-training {name}: {r['parameters']:,} parameters, {r['tokens_per_step']} tokens a step in rows of {r['row']}")
-    print(f"  {'':<30}{'tokens/s':>10}{'ratio':>8}")
+    print(f"  {'':<30}{'tokens/s':>10}{'ratio':>8}{'to the best':>14}")
     for side, rates in r["tokens_per_second"].items():
         waited = r["first_step_seconds"].get(side)
         first = "" if waited is None else f"   first step {waited:.0f} s"
-        print(f"  {side:<30}{statistics.median(rates):>10,.0f}{r['ratio'][side]:>8.2f}{first}")
-    print(f"  ratio wanted: {r['wanted']}; loss of the first step {r['loss']['athanor']:.5f}, {r['loss']['transformers']:.5f}")
+        print(f"  {side:<30}{statistics.median(rates):>10,.0f}{r['ratio'][side]:>8.2f}{r['ratio_to_best'][side]:>14.2f}{first}")
+    losses = f"{r['loss']['athanor']:.5f}, {r['loss']['transformers']:.5f}"
+    print(f"  ratio wanted: {r['wanted']}; the best is {r['best_peer']!r}; loss of the first step {losses}")
 
 
 def show_tuning(name: str, data: str, r: Mapping[str, Any]) -> None:
@@ -78,6 +79,7 @@ def arguments(argv: Sequence[str] | None) -> argparse.Namespace:
     parser.add_argument("--shapes", nargs="+", choices=SHAPES, default=["life", "12m"], help="models (default: life 12m)")
     parser.add_argument("--parts", nargs="+", choices=PARTS, default=list(PARTS), help="what is measured (default: all)")
     parser.add_argument("--compiled", action="store_true", help="pre-training: both sides with torch.compile as well")
+    parser.add_argument("--tuned-peer", action="store_true", help="Trainer with our settings of the allocator")
     parser.add_argument(
         "--cpu-time", action="store_true", help="one thread, timed by what it computes: for machines with other work on them"
     )
@@ -113,10 +115,11 @@ def run(options: argparse.Namespace) -> None:
     facts = machine() | {name: metadata.version(name) for name in PEERS}
     for key, value in facts.items():
         print(f"{key:<14}{value}")
-    print(f"{'precision':<14}{precision}, fused AdamW on both sides, tuned allocator for both")
+    print(f"{'precision':<14}{precision}, fused AdamW on both sides")
+    print(f"{'allocator':<14}{'tuned for both' if options.tuned_peer else 'tuned by us, as it comes for Trainer'}")
     print(f"{'clock':<14}{'CPU time of one thread' if options.cpu_time else 'time on the wall'}", flush=True)
     results: dict[str, Any] = {"machine": facts, "precision": precision, "seconds": options.seconds, "rounds": options.rounds}
-    results["cpu_time"] = options.cpu_time
+    results |= {"cpu_time": options.cpu_time, "tuned_peer": options.tuned_peer}
     results |= {part: {} for part in options.parts}
     if "memory" in options.parts:
         results["memory"] = memory({name: SHAPES[name] for name in options.shapes}, precision)
@@ -129,11 +132,11 @@ def run(options: argparse.Namespace) -> None:
     logging.set_verbosity_error()
     for name in options.shapes:
         if "pretraining" in options.parts:
-            r = pretraining(SHAPES[name], precision, timing, options.compiled)
+            r = pretraining(SHAPES[name], precision, timing, options.compiled, options.tuned_peer)
             results["pretraining"][name] = r
             show_pretraining(name, r)
         if "tuning" in options.parts:
-            results["tuning"][name] = tuning_sets(SHAPES[name], precision, timing)
+            results["tuning"][name] = tuning_sets(SHAPES[name], precision, timing, options.tuned_peer)
             for data, r in results["tuning"][name].items():
                 show_tuning(name, data, r)
         sys.stdout.flush()

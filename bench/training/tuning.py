@@ -19,11 +19,12 @@ from athanor.models import llama
 from athanor.objectives import next_token
 from athanor.tokenizer.chat import Rendered
 from training.conversations import TRAINER_BATCH, eight, filled, ragged, records, skills, small_tokenizer
-from training.rounds import Round, Timing, ratio, repeated, take_turns
+from training.rounds import Round, Timing, elsewhere, fastest, ratio, repeated, take_turns
 from training.sides import LOSS_TOLERANCE, Shape, agree, our_model, our_step, their_model
 from training.trainer import Collate, Record, trainer
 
 WANTED = 2.5
+PEER = f"Trainer, its batch of {TRAINER_BATCH}"
 
 Draw = Callable[[Iterator[Rendered]], list[Rendered]]
 Step = Callable[[Any], Any]
@@ -66,40 +67,62 @@ def same_loss(ours: llama.Model, theirs: Any, conversations: Sequence[Rendered],
         agree("the loss of 8 conversations", float(total) / count, float(theirs(**batch).loss), LOSS_TOLERANCE)
 
 
-def tuning(shape: Shape, conversations: Sequence[Rendered], pad: Collate, precision: Precision, timing: Timing) -> dict[str, Any]:
-    """Ragged conversations: our packed step beside Trainer, in tokens that are no padding."""
+def peers(
+    config: llama.Config, data: Sequence[Rendered], large: int, precision: Precision, clock: Callable[[], float], folder: str
+) -> tuple[dict[str, Round], dict[str, float]]:
+    """Trainer with its default batch, padded, grouped by length and flattened, and with batches of `large` grouped ones."""
+    from transformers import DataCollatorWithFlattening
+
+    found = records(data)
+
+    def contender(size: int, grouped: bool, collate: Collate) -> Round:
+        model = their_model(config, our_model(config))
+        return trainer(model, batches_of(found, size, grouped), collate, folder, clock, bf16=precision == "bf16")
+
+    pad = padding(folder)
+    made = {
+        PEER: contender(TRAINER_BATCH, False, pad),
+        f"Trainer, {TRAINER_BATCH} grouped by length": contender(TRAINER_BATCH, True, pad),
+        f"Trainer, {TRAINER_BATCH} flattened": contender(TRAINER_BATCH, False, DataCollatorWithFlattening()),
+    }
+    if large >= 2 * TRAINER_BATCH:
+        made[f"Trainer, {large} grouped by length"] = contender(large, True, pad)
+    return made, {}
+
+
+def padding(folder: str) -> Collate:
+    """What pads for Trainer, by the tokenizer in `folder`."""
+    from transformers import AutoTokenizer, DataCollatorForSeq2Seq
+
+    made: Collate = DataCollatorForSeq2Seq(AutoTokenizer.from_pretrained(folder))
+    return made
+
+
+def tuning(
+    shape: Shape, conversations: Sequence[Rendered], precision: Precision, timing: Timing, folder: str, tuned: bool
+) -> dict[str, Any]:
+    """Ragged conversations: our packed step beside Trainer, in tokens that are no padding.
+
+    `folder` has a tokenizer; `tuned`: whether Trainer gets our settings of the allocator.
+    """
     from transformers import DataCollatorWithFlattening
 
     ours = our_model(shape.config)
     theirs = their_model(shape.config, ours)
-    flatten = DataCollatorWithFlattening()
-    for collate in (pad, flatten):
+    for collate in (padding(folder), DataCollatorWithFlattening()):
         same_loss(ours, theirs, conversations, collate)
+    del theirs
     step = our_step(ours, precision)
     lengths = [len(c.ids) for c in conversations]
     large = max(1, round(shape.tokens / statistics.mean(lengths)))
-    found = records(conversations)
-    with tempfile.TemporaryDirectory() as folder:
-
-        def us(draw: Draw) -> Round:
-            return packed(step, conversations, draw, timing.clock)
-
-        def peer(size: int, grouped: bool, collate: Collate = pad) -> Round:
-            model = their_model(shape.config, ours)
-            return trainer(model, batches_of(found, size, grouped), collate, folder, timing.clock, bf16=precision == "bf16")
-
-        contenders: dict[str, Round] = {
-            f"Trainer, its batch of {TRAINER_BATCH}": peer(TRAINER_BATCH, grouped=False),
-            f"Trainer, {TRAINER_BATCH} grouped by length": peer(TRAINER_BATCH, grouped=True),
-            f"Trainer, {TRAINER_BATCH} flattened": peer(TRAINER_BATCH, grouped=False, collate=flatten),
-            f"athanor, {TRAINER_BATCH} a step": us(eight),
-        }
-        if large >= 2 * TRAINER_BATCH:
-            contenders[f"Trainer, {large} grouped by length"] = peer(large, grouped=True)
-            contenders[f"athanor, {shape.tokens} tokens a step"] = us(partial(filled, shape.tokens))
-        rates = take_turns(contenders, timing)
-    first, *_ = rates
-    best = max((name for name in rates if name.startswith("Trainer")), key=lambda name: statistics.median(rates[name]))
+    contenders = {f"athanor, {TRAINER_BATCH} a step": packed(step, conversations, eight, timing.clock)}
+    if large >= 2 * TRAINER_BATCH:
+        draw = partial(filled, shape.tokens)
+        contenders[f"athanor, {shape.tokens} tokens a step"] = packed(step, conversations, draw, timing.clock)
+    given = (shape.config, conversations, large, precision, timing.clock, folder)
+    with elsewhere(peers, *given, tuned=tuned) as (peer, _):
+        rates = take_turns(peer | contenders, timing)
+    best = fastest(rates, peer)
     shuffled = random.Random(1).sample(lengths, len(lengths))
     eights = [shuffled[i : i + TRAINER_BATCH] for i in range(0, len(shuffled), TRAINER_BATCH)]
     return {
@@ -107,21 +130,18 @@ def tuning(shape: Shape, conversations: Sequence[Rendered], pad: Collate, precis
         "mean_length": statistics.mean(lengths),
         "padding_of_eight": 1 - sum(lengths) / sum(max(e) * len(e) for e in eights),
         "tokens_per_second": rates,
-        "ratio": {name: ratio(rates[name], rates[first]) for name in rates},
+        "ratio": {name: ratio(rates[name], rates[PEER]) for name in rates},
         "best_peer": best,
         "ratio_to_best": {name: ratio(rates[name], rates[best]) for name in rates},
         "wanted": WANTED,
     }
 
 
-def tuning_sets(shape: Shape, precision: Precision, timing: Timing) -> dict[str, Any]:
+def tuning_sets(shape: Shape, precision: Precision, timing: Timing, tuned: bool) -> dict[str, Any]:
     """`tuning` on the ragged mix, and on skills where the shape has them."""
-    from transformers import AutoTokenizer, DataCollatorForSeq2Seq
-
     tokenizer = small_tokenizer(shape.config.vocab_size if shape.skills else 512)  # without skills it only pads
-    with tempfile.TemporaryDirectory() as folder:
-        tokenizer.save(Path(folder))
-        pad = DataCollatorForSeq2Seq(AutoTokenizer.from_pretrained(folder))
     sets = {"skills": skills(tokenizer, shape.conversations)} if shape.skills else {}
     sets["ragged, 16..400 tokens"] = ragged(shape.config.vocab_size, shape.conversations)
-    return {name: tuning(shape, data, pad, precision, timing) for name, data in sets.items()}
+    with tempfile.TemporaryDirectory() as folder:
+        tokenizer.save(Path(folder))
+        return {name: tuning(shape, data, precision, timing, folder, tuned) for name, data in sets.items()}
