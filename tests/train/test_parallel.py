@@ -33,12 +33,13 @@ def test_checkpointed_is_plain(alone, how):
 
 
 @pytest.mark.filterwarnings("ignore::DeprecationWarning:torch", "ignore::UserWarning:torch", "ignore::FutureWarning:torch")
+@pytest.mark.parametrize("batches", [layouts.even, layouts.ragged], ids=["one length", "ragged"])
 @pytest.mark.parametrize("case", support.COMPILE_CASES, ids=str)
-def test_compiled_is_plain(alone, case):
+def test_compiled_is_plain(alone, case, batches):
     def change(model):
         compile_blocks(model, lambda: None)
 
-    options = {"arch": case.architecture, "steps": STEPS, "batches": layouts.even, "fields": (("n_layers", 2),)}
+    options = {"arch": case.architecture, "steps": STEPS, "batches": batches, "fields": (("n_layers", 2),)}
     compare([alone(change=change, **options)], alone(**options))
 
 

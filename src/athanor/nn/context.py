@@ -233,6 +233,10 @@ class Packed:
             q, k, v = (x.reshape(*self._shape, *x.shape[2:]) for x in (query, key, value))
             out = self._whole.attend(q, k, v, self._of_groups(scoring)[0])
             return out.reshape(*query.shape[:3], out.shape[3])
+        return self.by_groups(query, key, value, scoring)
+
+    def by_groups(self, query: Tensor, key: Tensor, value: Tensor, scoring: Scoring) -> Tensor:
+        """`attend` for sequences of several lengths."""
         q, k, v = (_Gather.apply(x[0], self._index, self._inverse) for x in (query, key, value))
         pieces = []
         for (row, count, longest, _, rectangle), own in zip(self._groups, self._of_groups(scoring), strict=True):

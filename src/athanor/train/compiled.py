@@ -11,6 +11,7 @@ from torch import nn
 
 from athanor.core.device import require_compiler
 from athanor.core.errors import ConfigError
+from athanor.nn.context import Packed
 from athanor.train.checkpointing import Lean, stacks
 
 
@@ -32,6 +33,9 @@ def compile_blocks(model: nn.Module, first: Callable[[], object], backend: str =
         ConfigError: a model without blocks, or with blocks of selective checkpointing.
         MissingExtraError: there is no C++ compiler, and blocks on a CPU need one.
     """
+    # Rectangles of sequences of several lengths are others in every batch: a compiler is to see one call.
+    if not hasattr(Packed.by_groups, "_torchdynamo_disable"):
+        Packed.by_groups = torch.compiler.disable(Packed.by_groups)  # type: ignore[method-assign]
     found = [block for stack in stacks(model) for block in stack]
     if backend == "inductor":
         require_compiler(next(model.parameters()).device, "train")
