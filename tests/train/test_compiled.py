@@ -41,13 +41,15 @@ def test_blocks_run_compiled_with_the_same_results(case):
             torch.testing.assert_close(found[name], value, rtol=1e-4, atol=1e-4, msg=name)
 
 
-def graphs(layers, lengths):
-    """How many a stack of so many blocks is compiled to, for a batch of sequences of these lengths."""
+def graphs(layers, lengths, how="none"):
+    """How many a stack of so many blocks is compiled to, checkpointed or not, for a batch of sequences of these lengths."""
     torch._dynamo.reset()
     model, counter = llama.Model(llama.Config(320, 32, layers, 4, 2, 48)), CompileCounter()
     model.initialise(torch.Generator().manual_seed(0))
     ids = torch.arange(sum(lengths))
     batch = Batch(ids, ids, torch.tensor(lengths), origin="test")
+    if how != "none":
+        checkpoint(model, how)
     compile_blocks(model.train(), lambda: next_token.loss(model, batch)[0].backward(), backend=counter)
     return counter.frame_count
 
@@ -59,7 +61,7 @@ def test_a_stack_shares_its_graphs():
 
 @pytest.mark.parametrize("how", ["none", "full"])
 def test_other_lengths_in_every_batch_make_no_other_graphs(how):
-    """Each batch groups its sequences into other rectangles: 1 to 5 of them here."""
+    """Each batch groups its sequences into other rectangles: 2 to 5 of them here."""
     lengths = [[5, 9, 30], [4, 20], [3, 7, 12, 40, 90], [6, 30, 31], [2, 50], [11, 2, 5], [1, 3, 6, 12, 24], [8, 17, 60]]
     batches = []
     for own in lengths:
@@ -91,6 +93,7 @@ def test_checkpointed_blocks_are_compiled_inside():
     checkpoint(model, "full")
     compile_blocks(model, lambda: gradients(model), backend=counter)
     assert counter.frame_count > 0
+    assert graphs(2, [16, 16], "full") == 1
     found, expected = gradients(model), gradients(random_model(("llama", "tiny")))
     for name, value in expected.items():
         torch.testing.assert_close(found[name], value, rtol=1e-4, atol=1e-4, msg=name)

@@ -1,10 +1,11 @@
-"""torch.compile block by block: all blocks of a stack share one compiled graph, so it costs less than compiling the model."""
+"""torch.compile block by block: all blocks of a stack share their compiled graphs, so it costs less than compiling the model."""
 
 from __future__ import annotations
 
 import time
 import warnings
 from collections.abc import Callable
+from functools import cache
 
 import torch
 from torch import nn
@@ -33,9 +34,6 @@ def compile_blocks(model: nn.Module, first: Callable[[], object], backend: str =
         ConfigError: a model without blocks, or with blocks of selective checkpointing.
         MissingExtraError: there is no C++ compiler, and blocks on a CPU need one.
     """
-    # Rectangles of sequences of several lengths are others in every batch: a compiler is to see one call.
-    if not hasattr(Packed.by_groups, "_torchdynamo_disable"):
-        Packed.by_groups = torch.compiler.disable(Packed.by_groups)  # type: ignore[method-assign]
     found = [block for stack in stacks(model) for block in stack]
     if backend == "inductor":
         require_compiler(next(model.parameters()).device, "train")
@@ -44,6 +42,7 @@ def compile_blocks(model: nn.Module, first: Callable[[], object], backend: str =
             "selective checkpointing looks at the operations of a block one by one, and a compiled block shows none:"
             " use full checkpointing, or do not compile"
         )
+    _hide_groups()
     for block in found:
         if isinstance(block.forward, Lean):
             block.forward.whole = torch.compile(block.forward.whole, backend=backend)
@@ -55,3 +54,12 @@ def compile_blocks(model: nn.Module, first: Callable[[], object], backend: str =
         warnings.filterwarnings("ignore", message="The .grad attribute of a Tensor", category=UserWarning)
         first()
     return time.perf_counter() - start
+
+
+@cache
+def _hide_groups() -> None:
+    """Compilers are to see attention over sequences of several lengths as one call: its rectangles are others in every batch.
+
+    Once in a process, and not where `Packed` is defined: asking for it imports PyTorch's compiler.
+    """
+    Packed.by_groups = torch.compiler.disable(Packed.by_groups)  # type: ignore[method-assign]  # by a function of the same type
