@@ -330,6 +330,14 @@ def test_stop_texts_cut_the_text_and_not_the_calls(tokenizer: Tokenizer) -> None
     assert _stream(made, tokenizer, done, 1, ("STOP",))[0] == said
 
 
+def test_a_stop_text_cuts_no_thought_that_comes_after_it(tokenizer: Tokenizer) -> None:
+    # The engine takes the unknown tool for a call and goes on; the reader knows it to be text, which ends at "}".
+    made, done = offer(CLOCK), _completion(_ids(tokenizer, "«call»}x«args»«<think>»so?«</think>»«call»clock«args»{}"))
+    said = made.read(tokenizer, done, ("}",))
+    assert (said.content, said.reasoning, len(said.calls)) == ("", "so?", 1)
+    assert _stream(made, tokenizer, done, 1, ("}",))[0] == said
+
+
 _PIECES = st.sampled_from(
     [
         *(f"«{name}»" for name in ("call", "args", "<think>", "</think>", "<|user|>", "<|end|>")),

@@ -52,6 +52,8 @@ class Reader:
         self._tokenizer = ours(tokenizer)
         self._names = names
         self._text = StreamDecoder(tokenizer, stop)
+        # Not the decoder's: it reads nothing after a stop text, and thoughts, like calls, are not cut by one.
+        self._thoughts = self._tokenizer.pieces(())
         self._n_read = 0
         self._ended = self._thinking = False
         # Of the call that is being read: its tokens until it is known to be one, and how its arguments become text.
@@ -66,29 +68,28 @@ class Reader:
         """What is new with the next chunk of the answer."""
         ids = chunk.ids if chunk.completion is None else spoken(chunk.completion)[self._n_read :]
         self._n_read += len(ids)
-        for id in ids:
-            self._push(id, chunk.request_id)
-        content, reasoning = self._text.take()
+        reasoning = "".join([self._push(id, chunk.request_id) for id in ids])
+        content = self._text.take()[0]
         finish_reason = None
         if chunk.completion is not None:
             self._close(chunk.request_id)
-            rest = self._text.finish()
-            content, reasoning = content + rest[0], reasoning + rest[1]
+            content += self._text.finish()[0]
+            reasoning += self._thoughts.finish()
             finish_reason = why_ended(chunk.completion, self._n_calls > 0)
         calls, self._new = tuple(self._new), []
         return News(content, reasoning, calls, finish_reason)
 
-    def _push(self, id: int, request_id: str) -> None:
+    def _push(self, id: int, request_id: str) -> str:
+        """Read one token; returns what is new of the reasoning."""
         tokenizer = self._tokenizer
         if self._ended:
-            return
+            return ""
         if id == tokenizer.end_id:
             self._ended = True
         elif id in (tokenizer.think_id, tokenizer.end_think_id):
             self._thinking = id == tokenizer.think_id
-            self._text.push(id)
         elif self._thinking:
-            self._text.push(id)
+            return self._thoughts.push(id) if id >= len(tokenizer.control) else ""
         elif id == tokenizer.control[CALL]:
             self._close(request_id)
             self._place, self._held = "name", []
@@ -100,6 +101,7 @@ class Reader:
                     self._give_up()
         elif id >= len(tokenizer.control):
             self._push_text(id, request_id)
+        return ""
 
     def _push_text(self, id: int, request_id: str) -> None:
         if self._place == "text":
@@ -136,10 +138,7 @@ class Reader:
 
     def _give_up(self) -> None:
         """It is no call: what was held is text, and so is what follows."""
-        ids: list[int] = self._held
-        if self._thinking:  # it ended within a thought, to which it does not belong
-            ids = [self._tokenizer.end_think_id, *ids, self._tokenizer.think_id]
-        for id in ids:
+        for id in self._held:
             self._text.push(id)
         self._place, self._held = "text", []
 
