@@ -3,8 +3,9 @@
 forward        logits of whole sequences, no gradients
 forward + backward   the loss of every token and all gradients, as a training step computes them
 
-Both sides have the same weights (through a file), the same ids and the same dtype of weights, live in one process with the same
-threads and allocator settings, and take turns; nothing is compiled. transformers runs its fastest attention and, for mixtures,
+Both sides have the same weights (through a file), the same ids and the same dtype of weights, live each in a process of its own
+with the same threads, and take turns; nothing is compiled. Our process has the allocator as our recipes set it
+(`tune_allocator`), and `--tuned-peer` sets it for transformers too. transformers runs its fastest attention and, for mixtures,
 the fastest of its implementations of experts. A ratio is the median of the ratios of the rounds. Before anything is timed, both
 sides must compute the same logits.
 """
@@ -13,7 +14,6 @@ from __future__ import annotations
 
 import argparse
 import importlib.util
-import statistics
 import sys
 import tempfile
 import time
@@ -25,7 +25,7 @@ from typing import Any
 import torch
 import torch.nn.functional as F
 from torch import Tensor
-from training.rounds import Timing, ratio, repeated, take_turns
+from training.rounds import Round, Timing, elsewhere, fastest, ratio, repeated, take_turns
 
 from athanor.core import io as files
 from athanor.core import plugins
@@ -85,33 +85,39 @@ MIXTURES: dict[str, tuple[str, ...]] = {
 }
 
 
-def sides(name: str, dtype: torch.dtype, folder: Path) -> tuple[Any, dict[str, Any]]:
-    """Our model, and theirs by the implementation of experts ("" where there are none)."""
+def prepare(name: str, dtype: torch.dtype, folder: Path) -> Any:
+    """Our model; its files are in `folder`, for the other side."""
     import transformers
 
     config = plugins.load("models", name).Config(**SHAPES[name])
     fields = config.to_hf()
     settings = transformers.AutoConfig.for_model(**fields)
-    cls = getattr(transformers, fields["architectures"][0])
     torch.manual_seed(0)
-    first = cls._from_config(settings, dtype=dtype)
-    first.save_pretrained(folder)
-    theirs = {"": first}
-    if MIXTURES.get(name):
-        theirs = {kind: cls.from_pretrained(folder, experts_implementation=kind, dtype=dtype) for kind in MIXTURES[name]}
-    for model in theirs.values():
+    class_of(fields)._from_config(settings, dtype=dtype).save_pretrained(folder)
+    return io.load(folder)
+
+
+def class_of(fields: Mapping[str, Any]) -> Any:
+    import transformers
+
+    return getattr(transformers, fields["architectures"][0])
+
+
+def their_models(name: str, dtype: torch.dtype, folder: Path) -> dict[str, Any]:
+    """transformers' models from the files in `folder`, by the implementation of experts ("" where there are none)."""
+    cls = class_of(files.read_json(folder / "config.json"))
+    more = [(kind, {"experts_implementation": kind}) for kind in MIXTURES.get(name, ())] or [("", {})]
+    models = {kind: cls.from_pretrained(folder, dtype=dtype, **chosen).eval() for kind, chosen in more}
+    for model in models.values():  # in evaluation, for dropout is not what is compared
         model.config.use_cache = False
-    ours = io.load(folder)
-    # Without dropout, which is not what is compared.
-    return ours, {kind: model.eval() for kind, model in theirs.items()}
+    return models
 
 
-def inputs(model: Any, batch: int) -> dict[str, Tensor]:
+def inputs(model: Any, ours: bool, batch: int) -> dict[str, Tensor]:
+    pairs = model.kind == "encoder_decoder" if ours else model.config.is_encoder_decoder
     generator = torch.Generator().manual_seed(batch)
     ids = torch.randint(3, model.config.vocab_size, (batch, TIME), generator=generator)
-    if model.kind != "encoder_decoder":
-        return {"input_ids": ids}
-    return {"input_ids": ids, "decoder_input_ids": ids.flip(1)}
+    return {"input_ids": ids, "decoder_input_ids": ids.flip(1)} if pairs else {"input_ids": ids}
 
 
 def passes(model: Any, given: Mapping[str, Tensor], ours: bool) -> dict[str, Callable[[], int]]:
@@ -171,21 +177,45 @@ def agree(name: str, ours: Any, theirs: Any, given: Mapping[str, Tensor], dtype:
         )
 
 
-def measure(name: str, dtype: torch.dtype, batch: int, seconds: float, folder: Path) -> dict[str, Any]:
-    """Per pass: tokens per second of each side and the ratio to the fastest of theirs."""
-    ours, theirs = sides(name, dtype, folder)
-    given = inputs(ours, batch)
-    for model in theirs.values():
-        agree(name, ours, model, given, dtype)
-    mine = passes(ours, given, True)
-    yours = {kind: passes(model, given, False) for kind, model in theirs.items()}
-    found = {}
-    for which in PASSES:
-        contenders = {"athanor": repeated(mine[which], time.perf_counter)}
-        contenders |= {f"{PEER} {kind}".strip(): repeated(steps[which], time.perf_counter) for kind, steps in yours.items()}
-        rates = take_turns(contenders, Timing(seconds, ROUNDS))
-        best = max((k for k in rates if k != "athanor"), key=lambda k: statistics.median(rates[k]))
-        found[which] = {"tokens_per_second": rates, "peer": best, "ratio": ratio(rates["athanor"], rates[best])}
+def contenders(model: Any, name: str, ours: bool) -> dict[str, Round]:
+    """One for each number of rows and pass, called "NAME, N rows, PASS"."""
+    made = {}
+    for batch in BATCHES:
+        for which, step in passes(model, inputs(model, ours, batch), ours).items():
+            made[f"{name}, {batch} rows, {which}"] = repeated(step, time.perf_counter)
+    return made
+
+
+def peers(name: str, dtype: torch.dtype, folder: Path) -> tuple[dict[str, Round], dict[str, float]]:
+    """For `elsewhere`: the contenders of the other side."""
+    made: dict[str, Round] = {}
+    for kind, model in their_models(name, dtype, folder).items():
+        made |= contenders(model, f"{PEER} {kind}".strip(), False)
+    return made, {}
+
+
+def measure(name: str, dtype: torch.dtype, seconds: float, tuned: bool) -> dict[int, dict[str, Any]]:
+    """Per number of rows and pass: tokens per second of each side and the ratio to the fastest of theirs."""
+    found: dict[int, dict[str, Any]] = {batch: {} for batch in BATCHES}
+    with tempfile.TemporaryDirectory() as place:
+        folder = Path(place)
+        ours = prepare(name, dtype, folder)
+        for model in their_models(name, dtype, folder).values():
+            for batch in BATCHES:
+                agree(name, ours, model, inputs(ours, True, batch), dtype)
+        mine = contenders(ours, "athanor", True)
+        with elsewhere(peers, name, dtype, folder, tuned=tuned) as (theirs, _):
+            for batch in BATCHES:
+                for which in PASSES:
+                    end = f", {batch} rows, {which}"
+                    among = {k.removesuffix(end): turn for k, turn in (mine | theirs).items() if k.endswith(end)}
+                    rates = take_turns(among, Timing(seconds, ROUNDS))
+                    best = fastest(rates, among.keys() - {"athanor"})
+                    found[batch][which] = {
+                        "tokens_per_second": rates,
+                        "peer": best,
+                        "ratio": ratio(rates["athanor"], rates[best]),
+                    }
     return found
 
 
@@ -194,6 +224,7 @@ def arguments(argv: Sequence[str] | None) -> argparse.Namespace:
     parser.add_argument("--seconds", type=float, default=2.0, help="timed seconds of each contender (default %(default)g)")
     parser.add_argument("--models", nargs="+", choices=sorted(SHAPES), default=sorted(SHAPES), help="default: all")
     parser.add_argument("--dtypes", nargs="+", choices=("fp32", "bf16"), default=["fp32", "bf16"])
+    parser.add_argument("--tuned-peer", action="store_true", help="transformers with our settings of the allocator")
     parser.add_argument("--json", type=Path, metavar="PATH", help="also write everything that was measured there")
     options = parser.parse_args(argv)
     if not options.seconds > 0:
@@ -209,11 +240,13 @@ def run(options: argparse.Namespace) -> None:
     facts = machine() | {PEER: metadata.version(PEER)}
     for key, value in facts.items():
         print(f"{key:<14}{value}")
+    print(f"{'allocator':<14}{'tuned for both' if options.tuned_peer else 'tuned by us, as it comes for transformers'}")
     tune_allocator()
     dtypes = {"fp32": torch.float32, "bf16": torch.bfloat16}
     if not supports_bf16(torch.device("cpu")):
         dtypes.pop("bf16")
-    results: dict[str, Any] = {"machine": facts, "seconds": options.seconds, "rounds": ROUNDS, "models": {}}
+    results: dict[str, Any] = {"machine": facts, "seconds": options.seconds, "rounds": ROUNDS}
+    results |= {"tuned_peer": options.tuned_peer, "models": {}}
     columns = [(d, b, p) for d in options.dtypes if d in dtypes for b in BATCHES for p in PASSES]
     print(f"\nTimes as fast as transformers ({TIME} tokens a row; f: forward, fb: forward + backward)\n{'':<14}", end="")
     print("".join(f"{d} x{b} {'fb' if '+' in p else 'f':<4}".rjust(13) for d, b, p in columns), flush=True)
@@ -224,9 +257,7 @@ def run(options: argparse.Namespace) -> None:
         for d in options.dtypes:
             if d not in dtypes:
                 continue
-            for batch in BATCHES:
-                with tempfile.TemporaryDirectory() as folder:
-                    found = measure(name, dtypes[d], batch, options.seconds, Path(folder))
+            for batch, found in measure(name, dtypes[d], options.seconds, options.tuned_peer).items():
                 results["models"][name][f"{d} batch {batch}"] = found
                 for which in PASSES:
                     cells[d, batch, which] = found[which]["ratio"]

@@ -69,6 +69,7 @@ def _begin(threads: int, tuned: bool) -> None:
     from transformers.utils import logging
 
     logging.set_verbosity_error()
+    logging.disable_progress_bar()
     torch.set_num_threads(threads)
     if tuned:
         tune_allocator()

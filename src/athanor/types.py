@@ -121,6 +121,11 @@ class Batch:
     origin: str = ""
     source: Source | None = None
 
+    @property
+    def tokens(self) -> int:
+        """What a model reads: tokens of the sequences and of their sources."""
+        return self.ids.numel() + (0 if self.source is None else self.source.ids.numel())
+
     def to(self, device: torch.device) -> Batch:
         """The same batch on `device`."""
         extras = {name: values.to(device) for name, values in self.extras.items()}

@@ -13,10 +13,12 @@ import torch
 
 from athanor.core.errors import NonFiniteLossError
 from athanor.core.track import JsonlTracker
-from athanor.objectives import next_token
+from athanor.models import t5
+from athanor.objectives import next_token, seq2seq
 from athanor.train.loop import Hook
 from athanor.train.replay import kept
 from athanor.train.state import StateStore
+from athanor.types import Batch, Source
 
 TIMES = ("tokens_per_second", "batch_seconds")
 
@@ -69,6 +71,14 @@ def test_a_record_per_step(tiny, run):
         assert record["tokens"] == 30 and 0 < record["targets"] < 30
         assert record["grad_norm"] > 0 and record["tokens_per_second"] > 0 and 0 <= record["correct"] <= 1
     assert progress.seconds > 0 and progress.step == 5
+
+
+def test_what_an_encoder_reads_counts_as_tokens(run):
+    model = t5.Model(t5.Config(vocab_size=64, d_model=16, n_layers=1, n_heads=2, head_dim=8, d_ff=32))
+    ids = torch.arange(3, 17)
+    batch = Batch(ids[:4], ids[1:5], torch.tensor([4]), source=Source(ids[4:], torch.tensor([10])))
+    progress, _ = run(model, steps=1, objective=seq2seq.build(seq2seq.Config()), batches=lambda step: [batch, batch])
+    assert (progress.history[0]["tokens"], progress.history[0]["targets"]) == (28, 8)
 
 
 def test_the_model_trains_while_it_is_trained_and_then_answers(tiny, run):
@@ -199,7 +209,7 @@ sys.path.insert(0, {here!r})
 import conftest
 from athanor.core.io import save_tensors
 from athanor.models import llama
-from athanor.objectives import next_token
+from athanor.objectives import next_token, seq2seq
 from athanor.optim.build import OptimConfig, build
 from athanor.optim.schedules import warmup_cosine
 from athanor.train.loop import Hook, fit

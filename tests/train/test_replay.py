@@ -50,7 +50,7 @@ def test_everything_of_a_batch_is_kept(ragged, tmp_path):
     assert json.loads(path.read_text()) == {
         "step": 3,
         "why": "why",
-        "batches": [{"origin": "ragged 0", "tokens": 6, "sequences": 2}, {"origin": "ragged 4", "tokens": 3, "sequences": 1}],
+        "batches": [{"origin": "ragged 0", "tokens": 9, "sequences": 2}, {"origin": "ragged 4", "tokens": 3, "sequences": 1}],
     }
     (found, other), rng = kept(path)
     for name in ("ids", "labels", "lengths"):

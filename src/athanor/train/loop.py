@@ -164,7 +164,7 @@ def fit(
             if monitor is not None:
                 monitor.after_update(step + 1)
         now = time.perf_counter()
-        tokens = sum(batch.ids.numel() for batch in micro)
+        tokens = sum(batch.tokens for batch in micro)
         record: dict[str, Any] = {"step": step + 1, "loss": result.loss}
         for hook in hooks:
             if (step + 1) % hook.every == 0 or step + 1 == steps:

@@ -56,7 +56,7 @@ def keep(folder: Path, step: int, micro: Sequence[Batch], rng: Mapping[str, Tens
         # Copies: the format refuses tensors that share memory.
         tensors |= {f"{i}.{name}": value.detach().cpu().clone() for name, value in named.items()}
     io.save_tensors(path.with_suffix(".safetensors"), tensors)
-    sizes = [{"origin": b.origin, "tokens": b.ids.numel(), "sequences": b.lengths.numel()} for b in micro]
+    sizes = [{"origin": b.origin, "tokens": b.tokens, "sequences": b.lengths.numel()} for b in micro]
     io.write_json(path, {"step": step, "why": why, "batches": sizes})
     return path
 
