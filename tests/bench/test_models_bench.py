@@ -27,7 +27,8 @@ def test_a_family_beside_transformers(bench, tmp_path, capsys, monkeypatch):
         ("fp32 batch 1", which) for which in bench.PASSES
     }
     assert all(cell["ratio"] > 0 and cell["peer"] == "transformers" for passes in found.values() for cell in passes.values())
-    assert "llama" in capsys.readouterr().out
+    out = capsys.readouterr().out
+    assert "llama" in out and "tuned by us, as it comes for transformers" in out
 
 
 def test_no_time_is_an_error(bench):
