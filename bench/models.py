@@ -33,7 +33,7 @@ from athanor.core.device import machine, supports_bf16, tune_allocator
 from athanor.core.errors import AthanorError, ConfigError, MissingExtraError, VerificationError
 from athanor.models import io
 
-PEER = "transformers"
+OURS, PEER = "athanor", "transformers"
 TIME = 128  # tokens of a row
 BATCHES = (1, 8)
 ROUNDS = 5
@@ -113,10 +113,10 @@ def their_models(name: str, dtype: torch.dtype, folder: Path) -> dict[str, Any]:
     return models
 
 
-def inputs(model: Any, ours: bool, batch: int) -> dict[str, Tensor]:
-    pairs = model.kind == "encoder_decoder" if ours else model.config.is_encoder_decoder
+def inputs(name: str, batch: int) -> dict[str, Tensor]:
     generator = torch.Generator().manual_seed(batch)
-    ids = torch.randint(3, model.config.vocab_size, (batch, TIME), generator=generator)
+    ids = torch.randint(3, SHAPES[name]["vocab_size"], (batch, TIME), generator=generator)
+    pairs = plugins.load("models", name).Model.kind == "encoder_decoder"
     return {"input_ids": ids, "decoder_input_ids": ids.flip(1)} if pairs else {"input_ids": ids}
 
 
@@ -177,12 +177,12 @@ def agree(name: str, ours: Any, theirs: Any, given: Mapping[str, Tensor], dtype:
         )
 
 
-def contenders(model: Any, name: str, ours: bool) -> dict[str, Round]:
-    """One for each number of rows and pass, called "NAME, N rows, PASS"."""
+def contenders(name: str, model: Any, side: str) -> dict[str, Round]:
+    """One for each number of rows and pass, called "SIDE, N rows, PASS"."""
     made = {}
     for batch in BATCHES:
-        for which, step in passes(model, inputs(model, ours, batch), ours).items():
-            made[f"{name}, {batch} rows, {which}"] = repeated(step, time.perf_counter)
+        for which, step in passes(model, inputs(name, batch), side == OURS).items():
+            made[f"{side}, {batch} rows, {which}"] = repeated(step, time.perf_counter)
     return made
 
 
@@ -190,7 +190,7 @@ def peers(name: str, dtype: torch.dtype, folder: Path) -> tuple[dict[str, Round]
     """For `elsewhere`: the contenders of the other side."""
     made: dict[str, Round] = {}
     for kind, model in their_models(name, dtype, folder).items():
-        made |= contenders(model, f"{PEER} {kind}".strip(), False)
+        made |= contenders(name, model, f"{PEER} {kind}".strip())
     return made, {}
 
 
@@ -202,19 +202,19 @@ def measure(name: str, dtype: torch.dtype, seconds: float, tuned: bool) -> dict[
         ours = prepare(name, dtype, folder)
         for model in their_models(name, dtype, folder).values():
             for batch in BATCHES:
-                agree(name, ours, model, inputs(ours, True, batch), dtype)
-        mine = contenders(ours, "athanor", True)
+                agree(name, ours, model, inputs(name, batch), dtype)
+        mine = contenders(name, ours, OURS)
         with elsewhere(peers, name, dtype, folder, tuned=tuned) as (theirs, _):
             for batch in BATCHES:
                 for which in PASSES:
                     end = f", {batch} rows, {which}"
                     among = {k.removesuffix(end): turn for k, turn in (mine | theirs).items() if k.endswith(end)}
                     rates = take_turns(among, Timing(seconds, ROUNDS))
-                    best = fastest(rates, among.keys() - {"athanor"})
+                    best = fastest(rates, among.keys() - {OURS})
                     found[batch][which] = {
                         "tokens_per_second": rates,
                         "peer": best,
-                        "ratio": ratio(rates["athanor"], rates[best]),
+                        "ratio": ratio(rates[OURS], rates[best]),
                     }
     return found
 
@@ -245,8 +245,8 @@ def run(options: argparse.Namespace) -> None:
     dtypes = {"fp32": torch.float32, "bf16": torch.bfloat16}
     if not supports_bf16(torch.device("cpu")):
         dtypes.pop("bf16")
-    results: dict[str, Any] = {"machine": facts, "seconds": options.seconds, "rounds": ROUNDS}
-    results |= {"tuned_peer": options.tuned_peer, "models": {}}
+    how = {"seconds": options.seconds, "rounds": ROUNDS, "tuned_peer": options.tuned_peer}
+    results: dict[str, Any] = {"machine": facts, **how, "models": {}}
     columns = [(d, b, p) for d in options.dtypes if d in dtypes for b in BATCHES for p in PASSES]
     print(f"\nTimes as fast as transformers ({TIME} tokens a row; f: forward, fb: forward + backward)\n{'':<14}", end="")
     print("".join(f"{d} x{b} {'fb' if '+' in p else 'f':<4}".rjust(13) for d, b, p in columns), flush=True)

@@ -209,7 +209,7 @@ sys.path.insert(0, {here!r})
 import conftest
 from athanor.core.io import save_tensors
 from athanor.models import llama
-from athanor.objectives import next_token, seq2seq
+from athanor.objectives import next_token
 from athanor.optim.build import OptimConfig, build
 from athanor.optim.schedules import warmup_cosine
 from athanor.train.loop import Hook, fit

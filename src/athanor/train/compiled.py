@@ -62,4 +62,4 @@ def _hide_groups() -> None:
 
     Once in a process, and not where `Packed` is defined: asking for it imports PyTorch's compiler.
     """
-    Packed.by_groups = torch.compiler.disable(Packed.by_groups)  # type: ignore[method-assign]  # by a function of the same type
+    Packed.by_groups = torch.compiler.disable(Packed.by_groups)  # type: ignore[method-assign]  # the wrapper is called as the method is
