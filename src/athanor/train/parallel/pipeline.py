@@ -7,13 +7,14 @@ and filled up to one size, since stages exchange tensors of fixed shapes.
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from typing import Any
 
 import torch
 import torch.distributed as td
 from torch import Tensor, nn
 from torch.distributed import pipelining
+from torch.torch_version import TorchVersion
 
 from athanor.core.device import TrainPrecision, autocast
 from athanor.core.errors import ConfigError
@@ -31,6 +32,14 @@ _KINDS: dict[str, Any] = {
     "interleaved": pipelining.ScheduleInterleaved1F1B,
     "zero_bubble": pipelining.ScheduleInterleavedZeroBubble,
 }
+# Zero-bubble computes the gradients of weights after those of inputs. To tell them apart PyTorch cuts the graph at the functions
+# where they part, and before 2.13 it loses those written in Python (2.11 would also take what all outputs of one receive for what
+# the first does). There both kinds are computed at once and nothing is left for later.
+_CUTS_RIGHT = TorchVersion(torch.__version__) >= "2.13"
+
+
+def _nothing_left() -> Callable[[], None]:
+    return lambda: None
 
 
 class _Caught(Exception):
@@ -223,6 +232,7 @@ class Pipelined(Distributed):
                     input_args=(first if index == 0 else passed,),
                     output_args=(final if stage.ends else passed,),
                     group=self.mesh["pp"].get_group(),
+                    dw_builder=None if _CUTS_RIGHT else _nothing_left,
                 )
             )
         kind = _KINDS[self.layout.schedule]
