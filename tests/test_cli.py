@@ -228,6 +228,15 @@ def test_a_file_and_overrides_on_top(run, tmp_path, name, content):
     assert _resolved(run, "--config", tmp_path / name, "--steps", "5")["steps"] == 5
 
 
+def test_a_field_on_the_command_line_leaves_the_other_fields_of_the_file(run, tmp_path):
+    (tmp_path / "c.toml").write_text("[shape]\nd_model = 32\nn_layers = 1\n")
+    status, out, err = run(
+        "pretrain", "pot", "--config", tmp_path / "c.toml", "--shape.n-layers", 2, "--shape.tied", "false", "--print-config"
+    )
+    assert (status, err) == (0, "")
+    assert json.loads(out)["shape"] == {"d_model": 32, "n_layers": 2, "tied": False}
+
+
 def test_what_print_config_prints_is_a_config_file(run, tmp_path):
     first = _resolved(run, "pan", "--adapt.rank", "2", "--optim.lr", "0.25")
     (tmp_path / "c.json").write_text(json.dumps(first))

@@ -262,7 +262,8 @@ def _resolve(cls: Any, file: Path | None, given: Mapping[str, Any]) -> Any:
             if not isinstance(node, dict):  # `from_dict` will say what is wrong with it
                 break
         else:
-            node[last] = value
+            inside = node.get(last)
+            node[last] = inside | value if key in free and isinstance(inside, dict) else value
     try:
         return configs.from_dict(cls, table)
     except ConfigError as error:
