@@ -14,8 +14,8 @@ from athanor.train.compiled import compile_blocks
 from athanor.types import Batch
 from tests.train.every_model import gradients, random_model
 
-# Of torch's compiler itself: it uses what torch has deprecated, and says which caches it looks through.
-pytestmark = [pytest.mark.filterwarnings("ignore::DeprecationWarning"), pytest.mark.filterwarnings("ignore::UserWarning")]
+# Of torch's compiler itself: it uses what torch has deprecated, and asks every tensor for its gradient.
+pytestmark = [pytest.mark.filterwarnings("ignore::DeprecationWarning"), pytest.mark.filterwarnings("ignore:The .grad attribute")]
 
 
 @pytest.fixture(autouse=True)
@@ -57,6 +57,7 @@ def graphs(layers, lengths, how="none"):
 def test_a_stack_shares_its_graphs():
     assert graphs(2, [16, 16]) == graphs(12, [16, 16]) == 1
     assert 0 < graphs(2, [5, 9, 30]) == graphs(12, [5, 9, 30])
+    assert graphs(2, [150, 150]) == 1  # attention by blocks of queries
 
 
 @pytest.mark.parametrize("how", ["none", "full"])

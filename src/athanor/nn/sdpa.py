@@ -57,7 +57,16 @@ def mask_of(visible: Tensor, dtype: torch.dtype) -> Tensor:
     return torch.zeros(visible.shape, dtype=dtype, device=visible.device).masked_fill_(~visible, hidden_score(dtype))
 
 
-@lru_cache(maxsize=64)
+@lru_cache(maxsize=128)
+def _keep(make: Callable[..., Tensor], *of: Any) -> Tensor:
+    return make(*of)
+
+
+def _kept(make: Callable[..., Tensor], *of: Any) -> Tensor:
+    """make(*of), once for each `of`; anew where a compiler traces, which would warn that it looks through the cache."""
+    return make(*of) if torch.compiler.is_compiling() else _keep(make, *of)
+
+
 def causal_mask(t: int, repeats: int, dtype: torch.dtype, device: torch.device) -> Tensor:
     """(repeats * T, T): the causal mask of T positions, once for each of the query heads that share a key/value head."""
     mask = torch.full((t, t), hidden_score(dtype), dtype=dtype, device=device).triu_(1)
@@ -122,16 +131,14 @@ class _Attention(torch.autograd.Function):
         return d_query, d_key, d_value, d_bias, None, None, None, None
 
 
-@lru_cache(maxsize=64)
 def _block_mask(first: int, last: int, repeats: int, dtype: torch.dtype, device: torch.device) -> Tensor:
     """(repeats * (last - first), last): the rows first .. last - 1 of the causal mask."""
-    return causal_mask(last, 1, dtype, device)[first:].repeat(repeats, 1)
+    return _kept(causal_mask, last, 1, dtype, device)[first:].repeat(repeats, 1)
 
 
 def forget_masks() -> None:
     """Make masks anew that were kept: some tensors (those without data) must not outlive the mode in which they were made."""
-    causal_mask.cache_clear()
-    _block_mask.cache_clear()
+    _keep.cache_clear()
 
 
 class _CausalAttention(torch.autograd.Function):
@@ -153,7 +160,7 @@ class _CausalAttention(torch.autograd.Function):
         kept = []
         for first in range(0, t, _BLOCK):
             last = min(first + _BLOCK, t)
-            mask = _block_mask(first, last, repeats, query.dtype, query.device)
+            mask = _kept(_block_mask, first, last, repeats, query.dtype, query.device)
             block = query[:, :, first:last].reshape(n, -1, k)
             probs = torch.softmax(torch.baddbmm(mask, block, key[:, :last].transpose(1, 2), alpha=scale), -1)
             out[:, :, first:last] = torch.bmm(probs, value[:, :last]).view(n, repeats, last - first, -1)
@@ -221,7 +228,7 @@ def attention(
         if bias is not None:
             both = bias if both is None else bias + both
             if causal:
-                both = both + causal_mask(t, 1, dtype, device)
+                both = both + _kept(causal_mask, t, 1, dtype, device)
         q, k_, v_ = query.transpose(1, 2), key.transpose(1, 2), value.transpose(1, 2)
         out = F.scaled_dot_product_attention(
             q, k_, v_, both, is_causal=causal and both is None, scale=scale, enable_gqa=repeats > 1
@@ -234,7 +241,7 @@ def attention(
         explicit = _CausalAttention.apply(q, *flat, scale)
         return explicit.view(b, h, t, v).transpose(1, 2)
     if causal:
-        mask = causal_mask(t, repeats, dtype, device)
+        mask = _kept(causal_mask, t, repeats, dtype, device)
     elif mask is not None:
         mask = mask[0].repeat(repeats, 1) if mask.shape[0] == 1 else mask.unsqueeze(1)
     explicit = _Attention.apply(q.flatten(1, 2), *flat, bias, mask, scale, softcap, (b, h, t, s))
