@@ -5,6 +5,7 @@ import os
 import queue
 import traceback
 from functools import cache
+from unittest import mock
 
 import torch
 import torch.distributed as td
@@ -21,6 +22,7 @@ from athanor.optim.schedules import warmup_cosine
 from athanor.tokenizer.bpe import Tokenizer
 from athanor.tokenizer.chat import Rendered
 from athanor.train import support
+from athanor.train.parallel import pipeline
 from athanor.train.parallel.base import ALONE, local
 from athanor.train.parallel.distributed import Distributed
 from athanor.train.parallel.layout import parse
@@ -223,7 +225,8 @@ def serve(rank, jobs, results, folder):
         td.init_process_group("gloo", init_method=f"file://{folder}/{number}", rank=rank, world_size=layout.world)
         try:
             work = {"train": train, "reload": reload}[options.pop("work", "train")]
-            results.put((number, rank, work(strategy_of(layout), **options)))
+            with mock.patch.dict(vars(pipeline), options.pop("pipeline", {})):
+                results.put((number, rank, work(strategy_of(layout), **options)))
         except BaseException:
             results.put((number, rank, traceback.format_exc()))
         finally:

@@ -22,6 +22,11 @@ def test_every_layout_is_one_process(crew, alone, layout):
     compare(crew.run(layout, steps=STEPS), alone(steps=STEPS))
 
 
+def test_zero_bubble_is_one_process_where_torch_cannot_split_the_backward_pass(crew, alone):
+    found = crew.run("pp=2,schedule=zero_bubble", steps=STEPS, pipeline={"_CUTS_RIGHT": False})
+    compare(found, alone(steps=STEPS))
+
+
 @pytest.mark.parametrize("batches", [layouts.joined, layouts.single], ids=["one batch", "separate sequences"])
 def test_accumulated_and_packed_are_one_batch_and_separate_sequences(alone, batches):
     compare([alone(steps=STEPS, batches=batches)], alone(steps=STEPS))
