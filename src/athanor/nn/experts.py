@@ -13,6 +13,7 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
+from athanor.nn import native
 from athanor.nn.feedforward import between, between_slope
 from athanor.nn.linear import multiply, pays
 from athanor.nn.norms import compute_dtype
@@ -20,7 +21,7 @@ from athanor.nn.norms import compute_dtype
 # On CPUs oneDNN prepares code for every number of rows that it meets in half precision, which costs more than the product:
 # groups of tokens are filled up to a multiple of this.
 _GRAIN = 16
-# In float32 experts compute one after the other by oneDNN (`linear.py`) where a matrix has _LARGE entries or more and an expert
+# In float32, where experts.cpp does not compute, they do one after the other by oneDNN (`linear.py`) where a matrix has _LARGE entries or more and an expert
 # _MEAN rows on average: smaller products take no longer in MKL. Slices are filled up to a multiple of _ROWS then.
 _LARGE, _MEAN, _ROWS = 1 << 17, 16, 8
 
@@ -102,13 +103,58 @@ def _slope(d_y: Tensor, down: Tensor, kept: _Inside, activation: str, times: _Ti
     return between_slope(times(d_y, down), kept.inner, kept.active, activation)
 
 
+class _Made(NamedTuple):
+    """What a mixture computes, and what its gradients need besides.
+
+    spans  the slice of each expert where they compute one after the other, else None
+    parts  what each of them made, or what they made together; of the whole `inner` alone where experts.cpp computed
+    """
+
+    out: Tensor
+    rows: Tensor
+    y: Tensor
+    places: _Places
+    spans: list[tuple[int, int]] | None
+    parts: list[Tensor]
+
+
+def _mixture(
+    x: Tensor, up: Tensor, down: Tensor, experts: Tensor, weights: Tensor, activation: str, whole: bool, keep: bool
+) -> _Made:
+    """`_Mixture` without gradients; all tensors have the dtype of the products. `keep`: whether gradients will be asked for."""
+    dtype, on_cpu = x.dtype, x.device.type == "cpu"
+    ours = native.computes(x, up, down, activation, dtype)
+    faster = experts.numel() >= _MEAN * up.shape[0] and min(up[0].numel(), down[0].numel()) >= _LARGE and pays(x, dtype)
+    grain = _ROWS if faster else _GRAIN if on_cpu and dtype in (torch.bfloat16, torch.float16) else 1
+    places = _places(experts, up.shape[0], grain if keep or not ours else 1, whole)
+    rows = x.index_select(0, places.token)
+    spans = list(_spans(places.ends)) if faster or not _grouped(dtype, *up.shape[1:], down.shape[2]) else None
+    made: list[Tensor]
+    if ours:
+        inner, y = native.experts(rows, places.ends, up, down, activation, keep)
+        made = [] if inner is None else [inner]
+    elif spans is not None:
+        parts = [_inside(rows[a:b], up[e], down[e], activation, _one) for e, (a, b) in enumerate(spans)]
+        rest = len(rows) - spans[-1][1]
+        y = torch.cat([part.y for part in parts] + [rows.new_zeros(rest, rows.shape[1])])
+        made = [t for part in parts for t in part[:3]]
+    else:
+        part = _inside(rows, up, down, activation, partial(F.grouped_mm, offs=places.ends))
+        y, made = part.y, list(part[:3])
+    if places.used is not None:
+        y[places.used :].zero_()
+    out = F.embedding_bag(places.slot, y, mode="sum", per_sample_weights=weights)
+    return _Made(out, rows, y, places, spans, made)
+
+
 class _Mixture(torch.autograd.Function):
     """out[t] = sum over j of weights[t, j] down_e(act(gate_e x[t]) * up_e x[t]), e = experts[t, j], for a whole mixture at once.
 
     Tokens stand in the order of their experts, so that every expert reads and writes one slice; both ways between the two orders
     are gathers (`embedding_bag` gathers k rows and sums them in one pass), never scatters of sums. Experts compute their slices
-    together (`grouped_mm`) or, where oneDNN is the faster one, one after the other: then what is between two products is small
-    enough to stay in the cache, and nothing but the last product is ever put together.
+    together, by C++ of our own where there is some (`native.py`) and `grouped_mm` elsewhere, or, where oneDNN is the faster one, one
+    after the other: then what is between two products is small enough to stay in the cache, and nothing but the last product is
+    ever put together.
     """
 
     @staticmethod
@@ -123,32 +169,21 @@ class _Mixture(torch.autograd.Function):
         whole: bool,  # whether no entry of `experts` is E
         dtype: torch.dtype,
     ) -> Tensor:
-        faster = experts.numel() >= _MEAN * up.shape[0] and min(up[0].numel(), down[0].numel()) >= _LARGE and pays(x, dtype)
-        filled = x.device.type == "cpu" and dtype in (torch.bfloat16, torch.float16)
-        places = _places(experts, up.shape[0], _ROWS if faster else _GRAIN if filled else 1, whole)
-        slot, token, ends, used = places
-        up, down, weights = up.to(dtype), down.to(dtype), weights.to(dtype)
-        rows = x.to(dtype).index_select(0, token)
-        ctx.spans = None
-        if faster or not _grouped(dtype, *up.shape[1:], down.shape[2]):
-            ctx.spans = list(_spans(ends))
-            parts = [_inside(rows[a:b], up[e], down[e], activation, _one) for e, (a, b) in enumerate(ctx.spans)]
-            rest = len(token) - ctx.spans[-1][1]
-            y = torch.cat([part.y for part in parts] + [rows.new_zeros(rest, rows.shape[1])])
-        else:
-            parts = [_inside(rows, up, down, activation, partial(F.grouped_mm, offs=ends))]
-            y = parts[0].y
-            if used is not None:
-                y[used:].zero_()
-        kept = [t for part in parts for t in part[:3]]
-        ctx.save_for_backward(rows, y, up, down, weights, slot, token, ends, *kept)
-        ctx.activation, ctx.used = activation, used
-        return F.embedding_bag(slot, y, mode="sum", per_sample_weights=weights)
+        x, up, down, weights = (t.to(dtype) for t in (x, up, down, weights))
+        made = _mixture(x, up, down, experts, weights, activation, whole, keep=True)
+        slot, token, ends, used = made.places
+        ctx.save_for_backward(made.rows, made.y, up, down, weights, slot, token, ends, *made.parts)
+        ctx.activation, ctx.used, ctx.spans = activation, used, made.spans
+        return made.out
 
     @staticmethod
     def backward(ctx: Any, *grads: Tensor) -> tuple[Tensor | None, ...]:
         rows, y, up, down, weights, slot, token, ends, *kept = ctx.saved_tensors
-        parts = [_Inside(*each, y) for each in zip(kept[::3], kept[1::3], kept[2::3], strict=True)]
+        if len(kept) == 1:
+            each = _Inside(kept[0], *between(kept[0], down.shape[2], ctx.activation), y)
+            parts = [each] if ctx.spans is None else [_Inside(*(t[a:b] for t in each)) for a, b in ctx.spans]
+        else:
+            parts = [_Inside(*three, y) for three in zip(kept[::3], kept[1::3], kept[2::3], strict=True)]
         need_x, need_up, need_down, _, need_weights = ctx.needs_input_grad[:5]
         d_y = grads[0].to(y.dtype).index_select(0, token)
         d_weights = (d_y * y).sum(-1)[slot] if need_weights else None
@@ -215,6 +250,9 @@ class Experts(nn.Module):
         """
         up = self.gate_up or self.up
         assert up is not None
-        dtype = compute_dtype(x)
-        out: Tensor = _Mixture.apply(x, up.weight, self.down.weight, experts, weights, self.activation, whole, dtype)
+        dtype, given = compute_dtype(x), (x, up.weight, self.down.weight)
+        if not torch.is_grad_enabled() or not any(t.requires_grad for t in (*given, weights)):
+            narrow = [t.to(dtype) for t in given]
+            return _mixture(*narrow, experts, weights.to(dtype), self.activation, whole, keep=False).out
+        out: Tensor = _Mixture.apply(*given, experts, weights, self.activation, whole, dtype)
         return out

@@ -1,0 +1,78 @@
+"""C++ of our own: compiled by the machine's compiler when it is first wanted, kept for the next time, called through ctypes.
+
+Whoever asks has another way to compute the same thing, in PyTorch, and takes it where `load` gives None: on processors without
+AVX-512, without a C++ compiler, or with `ATHANOR_NATIVE=0` in the environment.
+"""
+
+from __future__ import annotations
+
+import ctypes
+import functools
+import hashlib
+import os
+import platform
+import shutil
+import subprocess
+import sys
+import tempfile
+import warnings
+from pathlib import Path
+
+# PyTorch's own threads are used: both load a libgomp.so.1, and a process loads one file of that name.
+_FLAGS = ("-O3", "-std=c++17", "-w", "-mavx512f", "-mavx512bw", "-mavx512dq", "-mavx512vl", "-mavx512bf16", "-fopenmp")
+_FLAGS += ("-shared", "-fPIC")
+
+
+def _wanted() -> bool:
+    import torch
+
+    if os.environ.get("ATHANOR_NATIVE") == "0" or sys.platform != "linux" or platform.machine() not in ("x86_64", "AMD64"):
+        return False
+    return torch.backends.cpu.get_cpu_capability() == "AVX512"
+
+
+def folder() -> Path:
+    """Where compiled files are kept: `athanor` in XDG_CACHE_HOME, by default ~/.cache."""
+    return Path(os.environ.get("XDG_CACHE_HOME") or Path.home() / ".cache") / "athanor"
+
+
+def compiler() -> str | None:
+    """The path of the C++ compiler: the environment's CXX, or g++. None where there is none."""
+    return shutil.which(os.environ.get("CXX", "g++"))
+
+
+def _compile(source: Path, target: Path, cxx: str) -> None:
+    """Compile beside the target, then rename: processes that start together do not meet, and a killed one leaves no half."""
+    target.parent.mkdir(parents=True, exist_ok=True, mode=0o700)
+    with tempfile.TemporaryDirectory(dir=target.parent) as place:
+        made = Path(place) / target.name
+        subprocess.run([cxx, *_FLAGS, str(source), "-o", str(made)], check=True, capture_output=True, text=True, timeout=300)
+        made.replace(target)
+
+
+@functools.cache
+def load(source: Path) -> ctypes.CDLL | None:
+    """The functions of a C++ file, compiled unless that has been done before; None where the machine can't have them.
+
+    A compiler that fails, or a folder that can't be written, is told in a RuntimeWarning, once.
+    """
+    if not _wanted():
+        return None
+    cxx = compiler()
+    key = hashlib.sha256("\0".join((source.read_text(), *_FLAGS, str(cxx))).encode()).hexdigest()[:16]
+    target = folder() / f"{source.stem}-{key}.so"
+    try:
+        if not target.exists():
+            if cxx is None:
+                return None
+            _compile(source, target, cxx)
+        return ctypes.CDLL(str(target))
+    except (OSError, subprocess.SubprocessError) as error:
+        said = (getattr(error, "stderr", None) or str(error)).strip().splitlines()
+        warnings.warn(
+            f"{source.name} could not be compiled to {target} by {cxx} ({said[-1] if said else error}): PyTorch computes instead,"
+            " slower; mend the compiler or the folder, or set ATHANOR_NATIVE=0 to go without",
+            RuntimeWarning,
+            stacklevel=2,
+        )
+        return None

@@ -1,0 +1,75 @@
+"""The forward pass of experts by C++ of our own (`experts.cpp`), on CPUs with AVX-512 where there is a compiler.
+
+Experts have few rows, so that PyTorch's products, one an expert, cost more to start than to compute (docs/log.md has the figures).
+
+Legend: S rows in the order of their experts, D width, E experts, F inner width, U rows of `up` (2F with a gate, else F).
+"""
+
+from __future__ import annotations
+
+import ctypes
+from pathlib import Path
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+
+from athanor.core import native
+from athanor.core.device import supports_bf16
+
+_SOURCE = Path(__file__).with_name("experts.cpp")
+_TILE = 16  # rows that are computed together, as in experts.cpp
+_RELU = {"relu": 1, "silu": 0, "swish": 0}  # the activations there are
+_CPU = torch.device("cpu")
+
+
+def _function(dtype: torch.dtype) -> Any:
+    """The function for a dtype, or None."""
+    if dtype not in (torch.float32, torch.bfloat16) or (dtype == torch.bfloat16 and not supports_bf16(_CPU)):
+        return None
+    library = native.load(_SOURCE)
+    return None if library is None else library.experts_bf16 if dtype == torch.bfloat16 else library.experts_fp32
+
+
+def computes(x: Tensor, up: Tensor, down: Tensor, activation: str, dtype: torch.dtype) -> bool:
+    """Whether `experts` can compute this: plain tensors on a CPU, D a multiple of 32, F of 16, silu or relu."""
+    plain = type(x) is Tensor and type(up) in (Tensor, nn.Parameter) and type(down) in (Tensor, nn.Parameter)
+    return (
+        plain
+        and x.device.type == up.device.type == down.device.type == "cpu"
+        and activation in _RELU
+        and down.shape[1] % 32 == 0
+        and down.shape[2] % 16 == 0
+        and not torch.compiler.is_compiling()
+        and _function(dtype) is not None
+    )
+
+
+def experts(rows: Tensor, ends: Tensor, up: Tensor, down: Tensor, activation: str, keep: bool) -> tuple[Tensor | None, Tensor]:
+    """down_e(act(gate_e x) * up_e x), or down_e(act(up_e x)), of every row x.
+
+    Args:
+        rows: (S, D), those of each expert together.
+        ends: (E,) int32, where they end; rows after the last are of no expert, and what comes of them is undefined.
+        up: (E, 2F, D), gates first, or (E, F, D).
+        down: (E, D, F).
+        activation: silu or relu.
+        keep: whether to give the first product too.
+
+    Returns:
+        The first product (S, U), or None, and the second (S, D). Between the two values are rounded to the dtype as PyTorch's
+        operations would; sums are of float32.
+    """
+    n_experts, width, hidden = down.shape
+    rows, up, down = rows.contiguous(), up.contiguous(), down.contiguous()
+    tiles = len(rows) // _TILE + n_experts
+    inner = rows.new_empty(len(rows), up.shape[1]) if keep else None
+    y = torch.empty_like(rows)
+    room = rows.new_empty(tiles * _TILE * width), rows.new_empty(tiles * _TILE * hidden)
+    tensors = rows, ends, up, down, *room, inner, y
+    _function(rows.dtype)(
+        *(ctypes.c_void_p(None if t is None else t.data_ptr()) for t in tensors),
+        *(ctypes.c_int64(n) for n in (n_experts, width, hidden)),
+        *(ctypes.c_int(n) for n in (up.shape[1] > hidden, _RELU[activation], torch.get_num_threads())),
+    )
+    return inner, y
