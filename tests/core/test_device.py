@@ -7,7 +7,7 @@ import pytest
 import torch
 
 import athanor
-from athanor.core import device, io
+from athanor.core import device, io, native
 from athanor.core.errors import CheckpointError, ConfigError
 
 CPU = torch.device("cpu")
@@ -114,10 +114,11 @@ def test_autocast_sets_the_type_of_products_only():
 
 def test_machine_is_plain_json_and_true():
     found = json.loads(json.dumps(device.machine(), allow_nan=False))
-    assert set(found) == {"cpu", "cores", "threads", "memory", "platform", "python", "torch", "athanor", "gpu"}
+    assert set(found) == {"cpu", "cores", "threads", "kernels", "memory", "platform", "python", "torch", "athanor", "gpu"}
     assert found["cpu"]
     assert found["cores"] >= 1
     assert found["threads"] == torch.get_num_threads()
+    assert found["kernels"] == native.state()
     assert found["memory"] > 1 << 28
     assert found["python"] == platform.python_version()
     assert found["torch"] == torch.__version__

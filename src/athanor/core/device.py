@@ -14,6 +14,7 @@ from contextlib import AbstractContextManager, nullcontext
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, Literal
 
+from athanor.core import native
 from athanor.core.errors import CheckpointError, ConfigError, MissingExtraError
 
 if TYPE_CHECKING:
@@ -140,7 +141,8 @@ def _cpu_model() -> str:
 
 
 def machine() -> dict[str, Any]:
-    """What a measurement was made on: cpu, cores (usable by this process), threads (torch's), memory (bytes), versions, gpu."""
+    """What a measurement was made on: cpu, cores (usable by this process), threads (torch's), kernels (who computes what there is
+    C++ of our own for), memory (bytes), versions, gpu."""
     import torch
 
     import athanor
@@ -150,6 +152,7 @@ def machine() -> dict[str, Any]:
         "cpu": _cpu_model(),
         "cores": cores,
         "threads": torch.get_num_threads(),
+        "kernels": native.state(),
         "memory": os.sysconf("SC_PAGE_SIZE") * os.sysconf("SC_PHYS_PAGES"),
         "platform": platform.platform(),
         "python": platform.python_version(),

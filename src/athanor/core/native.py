@@ -6,6 +6,7 @@ AVX-512, without a C++ compiler, or with `ATHANOR_NATIVE=0` in the environment.
 
 from __future__ import annotations
 
+import contextlib
 import ctypes
 import functools
 import hashlib
@@ -19,16 +20,19 @@ import warnings
 from pathlib import Path
 
 # PyTorch's own threads are used: both load a libgomp.so.1, and a process loads one file of that name.
-_FLAGS = ("-O3", "-std=c++17", "-w", "-mavx512f", "-mavx512bw", "-mavx512dq", "-mavx512vl", "-mavx512bf16", "-fopenmp")
-_FLAGS += ("-shared", "-fPIC")
+_FLAGS: tuple[str, ...] = ("-O3", "-std=c++17", "-w", "-fopenmp", "-shared", "-fPIC")
+_FLAGS += ("-mavx512f", "-mavx512bw", "-mavx512dq", "-mavx512vl", "-mavx512bf16")
 
 
-def _wanted() -> bool:
+def refusal() -> str:
+    """Why nothing of our own is compiled or called here; "" where it is."""
     import torch
 
-    if os.environ.get("ATHANOR_NATIVE") == "0" or sys.platform != "linux" or platform.machine() not in ("x86_64", "AMD64"):
-        return False
-    return torch.backends.cpu.get_cpu_capability() == "AVX512"
+    if os.environ.get("ATHANOR_NATIVE") == "0":
+        return "ATHANOR_NATIVE=0"
+    if sys.platform != "linux" or platform.machine() != "x86_64" or torch.backends.cpu.get_cpu_capability() != "AVX512":
+        return "no AVX-512"
+    return ""
 
 
 def folder() -> Path:
@@ -56,23 +60,30 @@ def load(source: Path) -> ctypes.CDLL | None:
 
     A compiler that fails, or a folder that can't be written, is told in a RuntimeWarning, once.
     """
-    if not _wanted():
+    if refusal():
         return None
-    cxx = compiler()
-    key = hashlib.sha256("\0".join((source.read_text(), *_FLAGS, str(cxx))).encode()).hexdigest()[:16]
-    target = folder() / f"{source.stem}-{key}.so"
+    key = hashlib.sha256("\0".join((source.read_text(), *_FLAGS)).encode()).hexdigest()[:16]
+    target, cxx = folder() / f"{source.stem}-{key}.so", compiler()
     try:
-        if not target.exists():
-            if cxx is None:
-                return None
-            _compile(source, target, cxx)
+        if target.exists():
+            with contextlib.suppress(OSError):  # a damaged file is made anew
+                return ctypes.CDLL(str(target))
+        if cxx is None:
+            return None
+        _compile(source, target, cxx)
         return ctypes.CDLL(str(target))
     except (OSError, subprocess.SubprocessError) as error:
         said = (getattr(error, "stderr", None) or str(error)).strip().splitlines()
         warnings.warn(
-            f"{source.name} could not be compiled to {target} by {cxx} ({said[-1] if said else error}): PyTorch computes instead,"
-            " slower; mend the compiler or the folder, or set ATHANOR_NATIVE=0 to go without",
+            f"{source.name} could not be compiled by {cxx} into {target.parent} ({said[-1] if said else error}): PyTorch computes"
+            " instead, slower; mend the compiler or the folder, or set ATHANOR_NATIVE=0 in the environment to go without",
             RuntimeWarning,
             stacklevel=2,
         )
         return None
+
+
+def state() -> str:
+    """Who computes what there is C++ for: "C++", or "PyTorch" and why."""
+    why = refusal() or ("" if compiler() else "no C++ compiler")
+    return f"PyTorch ({why})" if why else "C++"

@@ -21,8 +21,9 @@ from athanor.nn.norms import compute_dtype
 # On CPUs oneDNN prepares code for every number of rows that it meets in half precision, which costs more than the product:
 # groups of tokens are filled up to a multiple of this.
 _GRAIN = 16
-# In float32, where experts.cpp does not compute, they do one after the other by oneDNN (`linear.py`) where a matrix has _LARGE entries or more and an expert
-# _MEAN rows on average: smaller products take no longer in MKL. Slices are filled up to a multiple of _ROWS then.
+# In float32, where experts.cpp does not compute, experts do it one after the other by oneDNN (`linear.py`) where a matrix has
+# _LARGE entries or more and an expert _MEAN rows on average: smaller products take no longer in MKL. Slices are filled up to a
+# multiple of _ROWS then.
 _LARGE, _MEAN, _ROWS = 1 << 17, 16, 8
 
 
@@ -123,7 +124,7 @@ def _mixture(
 ) -> _Made:
     """`_Mixture` without gradients; all tensors have the dtype of the products. `keep`: whether gradients will be asked for."""
     dtype, on_cpu = x.dtype, x.device.type == "cpu"
-    ours = native.computes(x, up, down, activation, dtype)
+    ours = native.computes(x, up, down, experts.numel(), activation)
     faster = experts.numel() >= _MEAN * up.shape[0] and min(up[0].numel(), down[0].numel()) >= _LARGE and pays(x, dtype)
     grain = _ROWS if faster else _GRAIN if on_cpu and dtype in (torch.bfloat16, torch.float16) else 1
     places = _places(experts, up.shape[0], grain if keep or not ours else 1, whole)
@@ -152,9 +153,9 @@ class _Mixture(torch.autograd.Function):
 
     Tokens stand in the order of their experts, so that every expert reads and writes one slice; both ways between the two orders
     are gathers (`embedding_bag` gathers k rows and sums them in one pass), never scatters of sums. Experts compute their slices
-    together, by C++ of our own where there is some (`native.py`) and `grouped_mm` elsewhere, or, where oneDNN is the faster one, one
-    after the other: then what is between two products is small enough to stay in the cache, and nothing but the last product is
-    ever put together.
+    together, by C++ of our own where there is some (`native.py`) and `grouped_mm` elsewhere, or, where oneDNN is the faster one,
+    one after the other: then what is between two products is small enough to stay in the cache, and nothing but the last product
+    is ever put together.
     """
 
     @staticmethod
@@ -252,7 +253,7 @@ class Experts(nn.Module):
         assert up is not None
         dtype, given = compute_dtype(x), (x, up.weight, self.down.weight)
         if not torch.is_grad_enabled() or not any(t.requires_grad for t in (*given, weights)):
-            narrow = [t.to(dtype) for t in given]
-            return _mixture(*narrow, experts, weights.to(dtype), self.activation, whole, keep=False).out
+            x, gate_up, down, weights = (t.to(dtype) for t in (*given, weights))
+            return _mixture(x, gate_up, down, experts, weights, self.activation, whole, keep=False).out
         out: Tensor = _Mixture.apply(*given, experts, weights, self.activation, whole, dtype)
         return out

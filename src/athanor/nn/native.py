@@ -1,6 +1,6 @@
 """The forward pass of experts by C++ of our own (`experts.cpp`), on CPUs with AVX-512 where there is a compiler.
 
-Experts have few rows, so that PyTorch's products, one an expert, cost more to start than to compute (docs/log.md has the figures).
+Experts have few rows, so that PyTorch's products, one an expert, cost more to start than to compute (docs/adr/0008).
 
 Legend: S rows in the order of their experts, D width, E experts, F inner width, U rows of `up` (2F with a gate, else F).
 """
@@ -31,9 +31,17 @@ def _function(dtype: torch.dtype) -> Any:
     return None if library is None else library.experts_bf16 if dtype == torch.bfloat16 else library.experts_fp32
 
 
-def computes(x: Tensor, up: Tensor, down: Tensor, activation: str, dtype: torch.dtype) -> bool:
-    """Whether `experts` can compute this: plain tensors on a CPU, D a multiple of 32, F of 16, silu or relu."""
-    plain = type(x) is Tensor and type(up) in (Tensor, nn.Parameter) and type(down) in (Tensor, nn.Parameter)
+def _matrix_unit() -> bool:
+    """Whether the CPU has AMX, by which oneDNN multiplies many rows in bfloat16 several times as fast as vectors do."""
+    return bool(getattr(torch.cpu, "_is_amx_tile_supported", bool)())
+
+
+def computes(x: Tensor, up: Tensor, down: Tensor, rows: int, activation: str) -> bool:
+    """Whether `experts` is to compute this many rows of the width and dtype of x (..., D).
+
+    It can for plain tensors on a CPU, D a multiple of 32, F of 16, silu or relu.
+    """
+    plain = type(x) is Tensor and all(type(t) in (Tensor, nn.Parameter) and t.dtype == x.dtype for t in (up, down))
     return (
         plain
         and x.device.type == up.device.type == down.device.type == "cpu"
@@ -41,7 +49,8 @@ def computes(x: Tensor, up: Tensor, down: Tensor, activation: str, dtype: torch.
         and down.shape[1] % 32 == 0
         and down.shape[2] % 16 == 0
         and not torch.compiler.is_compiling()
-        and _function(dtype) is not None
+        and not (x.dtype == torch.bfloat16 and rows > 2 * _TILE * len(up) and _matrix_unit())
+        and _function(x.dtype) is not None
     )
 
 
