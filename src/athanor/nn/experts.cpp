@@ -108,13 +108,17 @@ void transpose(__m512i* r) {
 }
 
 // sums[j][at + i] = sum over k of tile_j[k] w_i[k], for N rows of a weight and M tiles, which lie `apart` entries from each other.
+// What lies `ahead` of the weight's rows, unless that is 0, is fetched into the cache meanwhile.
 template <class Kind, int N, int M>
-void dots(const typename Kind::Entry* tile, int64_t apart, const typename Kind::Entry* const* w, int64_t length, __m512 (*sums)[STEP],
-          int at) {
+void dots(const typename Kind::Entry* tile, int64_t apart, const typename Kind::Entry* const* w, int64_t length, int64_t ahead,
+          __m512 (*sums)[STEP], int at) {
+  constexpr int LINE = 64 / sizeof(typename Kind::Entry);
   __m512 sum[M][N];
   for (int j = 0; j < M; j++)
     for (int i = 0; i < N; i++) sum[j][i] = _mm512_setzero_ps();
   for (int64_t k = 0; k < length; k += Kind::PAIR) {
+    if (ahead && k % LINE == 0)
+      for (int i = 0; i < N; i++) _mm_prefetch((const char*)(w[i] + ahead + k), _MM_HINT_T0);
     __m512i x[M];
     for (int j = 0; j < M; j++) x[j] = _mm512_loadu_si512(tile + j * apart + k * ROWS);
 #pragma GCC unroll 16
@@ -127,10 +131,10 @@ void dots(const typename Kind::Entry* tile, int64_t apart, const typename Kind::
 
 // All 16 rows of a weight: at once for one tile, else by eight, so that sums stay in registers.
 template <class Kind, int M>
-void all_dots(const typename Kind::Entry* tile, int64_t apart, const typename Kind::Entry* const* w, int64_t length,
+void all_dots(const typename Kind::Entry* tile, int64_t apart, const typename Kind::Entry* const* w, int64_t length, int64_t ahead,
               __m512 (*sums)[STEP]) {
   constexpr int N = M == 1 ? STEP : STEP / 2;
-  for (int at = 0; at < STEP; at += N) dots<Kind, N, M>(tile, apart, w + at, length, sums, at);
+  for (int at = 0; at < STEP; at += N) dots<Kind, N, M>(tile, apart, w + at, length, ahead, sums, at);
 }
 
 template <class Kind>
@@ -170,19 +174,21 @@ struct Mixture {
     }
   }
 
-  // Calls `then` with each tile of an expert and its 16 sums.
+  // Calls `then` with each tile of an expert and its 16 sums; the first tile's time is used to fetch what is wanted next.
   template <class Then>
-  void products_of(int64_t e, const Entry* inputs, int64_t length, const Entry* const* w, Then then) {
+  void products_of(int64_t e, const Entry* inputs, int64_t length, const Entry* const* w, int64_t ahead, Then then) {
     __m512 sums[3][STEP];
+    if (Kind::PAIR == 1 && first[e + 1] - first[e] == 1) ahead = 0;  // twice the bytes: there reading is all the work already
     for (int64_t t = first[e]; t < first[e + 1];) {
       const Entry* tile = inputs + t * ROWS * length;
       const int64_t left = first[e + 1] - t, apart = ROWS * length;
       const int m = left == 4 ? 2 : left < 3 ? (int)left : 3;
-      if (m == 3) all_dots<Kind, 3>(tile, apart, w, length, sums);
-      if (m == 2) all_dots<Kind, 2>(tile, apart, w, length, sums);
-      if (m == 1) all_dots<Kind, 1>(tile, apart, w, length, sums);
+      if (m == 3) all_dots<Kind, 3>(tile, apart, w, length, ahead, sums);
+      if (m == 2) all_dots<Kind, 2>(tile, apart, w, length, ahead, sums);
+      if (m == 1) all_dots<Kind, 1>(tile, apart, w, length, ahead, sums);
       for (int j = 0; j < m; j++) then(t + j, sums[j]);
       t += m;
+      ahead = 0;
     }
   }
 
@@ -194,7 +200,7 @@ struct Mixture {
     for (int64_t f = from; f < to; f += wide) {
       const Entry* w[STEP];
       for (int i = 0; i < STEP; i++) w[i] = weight + (gated && i >= wide ? hidden + f + i - wide : f + i) * width;
-      products_of(e, tiles, width, w, [&](int64_t t, __m512* sums) {
+      products_of(e, tiles, width, w, f + wide < to ? wide * width : 0, [&](int64_t t, __m512* sums) {
         for (int i = 0; i < STEP; i++) sums[i] = Kind::rounded(sums[i]);
         __m512 made[STEP];
         for (int i = 0; i < wide; i++) {
@@ -216,7 +222,7 @@ struct Mixture {
     for (int64_t d = from; d < to; d += STEP) {
       const Entry* w[STEP];
       for (int i = 0; i < STEP; i++) w[i] = down + (e * width + d + i) * hidden;
-      products_of(e, products, hidden, w, [&](int64_t t, __m512* sums) {
+      products_of(e, products, hidden, w, d + STEP < to ? STEP * hidden : 0, [&](int64_t t, __m512* sums) {
         transpose((__m512i*)sums);
         for (int64_t i = 0, n = filled(t); i < n; i++) Kind::store(y + (row(t) + i) * width + d, sums[i]);
       });
