@@ -201,3 +201,21 @@ def test_what_it_is_made_of_may_not_change_before_the_backward_pass():
         norm.weight.add_(1)
     with pytest.raises(RuntimeError, match="modified by an inplace operation"):
         out.sum().backward()
+
+
+@here
+def test_weights_of_experts_are_kept_in_bfloat16_until_they_change():
+    weight = torch.nn.Parameter(torch.randn(3, 8, 4))
+    assert torch.equal(module.narrowed(weight, torch.bfloat16), weight.bfloat16())
+    module.pack([weight])
+    kept = module.narrowed(weight, torch.bfloat16)
+    assert kept is module.narrowed(weight, torch.bfloat16)
+    assert torch.equal(kept, weight.bfloat16())
+    assert module.narrowed(weight, torch.float32).data_ptr() == weight.data_ptr()
+    with torch.no_grad():
+        weight.mul_(2.0)
+    assert torch.equal(module.narrowed(weight, torch.bfloat16), weight.bfloat16())
+    assert module.narrowed(weight, torch.bfloat16) is not kept
+    before = len(module._PACKED)
+    del weight
+    assert len(module._PACKED) == before - 1

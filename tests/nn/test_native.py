@@ -194,3 +194,16 @@ def test_many_rows_in_bfloat16_are_left_to_a_matrix_unit(dtype, monkeypatch):
     assert native.computes(x, up, down, 65, "silu") == (dtype == torch.float32)
     monkeypatch.setattr(torch.cpu, "_is_amx_tile_supported", lambda: False)
     assert native.computes(x, up, down, 65, "silu")
+
+
+@pytest.mark.parametrize("dtype", DTYPES)
+def test_a_row_is_the_same_bits_in_any_company(dtype):
+    """Law L2 to the last bit: alone, and among enough others for one, two, three and more tiles."""
+    (rows, up, down, _), _ = case(70, 1, 1, 64, 48, True, dtype)
+    rows, up, down = rows.detach(), up.detach(), down.detach()
+    whole = native.experts(rows, torch.tensor([70], dtype=torch.int32), up, down, "silu", False)[1]
+    for n in (1, 16, 17, 40, 64):
+        for start in (0, 6):
+            some = rows[start : start + n]
+            found = native.experts(some, torch.tensor([n], dtype=torch.int32), up, down, "silu", False)[1]
+            assert torch.equal(found, whole[start : start + n])

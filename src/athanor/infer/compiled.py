@@ -22,13 +22,16 @@ from athanor.nn.positions import Rotary
 _BLOCKS = 2
 
 
+EXPERTS = "sends tokens to experts"
+
+
 def refusal(model: CausalLM | EncoderDecoder) -> str:
     """Why one step of a model is not the same few operations for every token; "" where it is."""
     if isinstance(model, EncoderDecoder):
         return "reads a source"
     if not all(isinstance(layer, KV) for layer in model.cache_layers()):
         return "keeps recurrent states"
-    return "sends tokens to experts" if any(isinstance(m, MixtureOfExperts) for m in model.modules()) else ""
+    return EXPERTS if any(isinstance(m, MixtureOfExperts) for m in model.modules()) else ""
 
 
 class Compiled:

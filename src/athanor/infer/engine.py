@@ -22,6 +22,7 @@ from athanor.infer.sequence import Sequence
 from athanor.infer.speculative import Draft, Guesser, Heads
 from athanor.models.base import CausalLM, EncoderDecoder
 from athanor.nn.cache import KV
+from athanor.nn.experts import Matrices
 from athanor.nn.linear import Linear, pack
 from athanor.nn.paged import PagedCache
 from athanor.tokenizer.stream import StreamDecoder
@@ -372,6 +373,7 @@ class Engine:
 
 
 def _products(model: CausalLM | EncoderDecoder) -> list[Tensor]:
-    """The matrices that hidden states are multiplied with."""
+    """The matrices that hidden states are multiplied with, those of experts included where they are wider than bfloat16."""
     found = [m.weight for m in model.modules() if type(m) is Linear]
+    found += [m.weight for m in model.modules() if isinstance(m, Matrices) and m.weight.dtype != torch.bfloat16]
     return [*found, model.output_weight]

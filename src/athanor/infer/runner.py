@@ -12,9 +12,10 @@ from torch import Tensor
 
 from athanor.core.device import Precision, autocast
 from athanor.core.errors import ConfigError
-from athanor.infer.compiled import Compiled, refusal
+from athanor.infer.compiled import EXPERTS, Compiled, refusal
 from athanor.models.base import CausalLM, EncoderDecoder
 from athanor.nn.context import Memory, Packed
+from athanor.nn.moe import MixtureOfExperts
 from athanor.nn.paged import Paged, PagedCache, Sources
 
 # In bf16, rows that no sequence owns are read along up to a multiple of this: few shapes, for each of which oneDNN
@@ -65,12 +66,14 @@ class Runner:
         precision: Precision = "fp32",
         deterministic: bool = False,
     ) -> None:
-        if deterministic and (why := refusal(model)):
+        dtype = torch.bfloat16 if precision == "bf16" else torch.float32
+        mixtures = [m for m in model.modules() if isinstance(m, MixtureOfExperts)]
+        steady = all(m.capacity is None and m.experts.steady(dtype) for m in mixtures)
+        if deterministic and (why := refusal(model)) and not (why == EXPERTS and steady):
             raise ConfigError(
                 f"a {model.model_type} {why}, so that what is computed beside may change its last bits: leave `deterministic` out"
             )
         self.model, self.precision, self.deterministic = model, precision, deterministic
-        dtype = torch.bfloat16 if precision == "bf16" else torch.float32
         self.cache = PagedCache(model.cache_layers(), blocks, size, slots + 1, dtype, model.device)
         self._idle_slot = slots
         self.compiled: Compiled | None = None

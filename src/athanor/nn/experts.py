@@ -15,7 +15,7 @@ from torch import Tensor, nn
 
 from athanor.nn import native
 from athanor.nn.feedforward import between, between_slope
-from athanor.nn.linear import multiply, pays
+from athanor.nn.linear import multiply, narrowed, pays
 from athanor.nn.norms import compute_dtype
 
 # On CPUs oneDNN prepares code for every number of rows that it meets in half precision, which costs more than the product:
@@ -244,6 +244,11 @@ class Experts(nn.Module):
         self.up = None if gated else Matrices(n_experts, hidden, dim)
         self.down = Matrices(n_experts, dim, hidden)
 
+    def steady(self, dtype: torch.dtype) -> bool:
+        """Whether a token of few comes out the same to the last bit whatever tokens are computed with it, in a dtype."""
+        weight = self.down.weight
+        return weight.device.type == "cpu" and native.fits(weight.shape[1], weight.shape[2], self.activation, dtype)
+
     def forward(self, x: Tensor, experts: Tensor, weights: Tensor, whole: bool = True) -> Tensor:
         """x (N, D), experts (N, k), weights (N, k) -> (N, D): of each token the weighted sum of what its experts make of it.
 
@@ -253,7 +258,7 @@ class Experts(nn.Module):
         assert up is not None
         dtype, given = compute_dtype(x), (x, up.weight, self.down.weight)
         if not torch.is_grad_enabled() or not any(t.requires_grad for t in (*given, weights)):
-            x, gate_up, down, weights = (t.to(dtype) for t in (*given, weights))
-            return _mixture(x, gate_up, down, experts, weights, self.activation, whole, keep=False).out
+            gate_up, down = (narrowed(p, dtype) for p in given[1:])
+            return _mixture(x.to(dtype), gate_up, down, experts, weights.to(dtype), self.activation, whole, keep=False).out
         out: Tensor = _Mixture.apply(*given, experts, weights, self.activation, whole, dtype)
         return out

@@ -75,7 +75,7 @@ def multiply(x: Tensor, weight: Tensor, rows: int = _ROWS) -> Tensor:
 
 
 class _Packed(NamedTuple):
-    """A weight in the order that oneDNN's product reads, in bfloat16, and which state of the weight that is."""
+    """A weight in bfloat16, a matrix in the order that oneDNN's product reads, and which state of the weight that is."""
 
     weight: Tensor
     version: int
@@ -86,27 +86,39 @@ _FEW = 1024  # rows up to which a weight that is in order already is worth it: b
 
 
 def pack(weights: Iterable[Tensor]) -> None:
-    """Keep a copy of these weights (O, I) in bfloat16, as products of few rows read them fastest, for as long as they live.
+    """Keep a copy of these weights in bfloat16 for as long as they live, matrices (O, I) as products of few rows read them fastest.
 
     A product of few rows takes as long as it takes to read the weight, and as oneDNN wants it in blocks it is put in order each
-    time: half of the time of a single row (docs/log.md). Nothing happens on machines without oneDNN. A copy counts for as
+    time: half of the time of a single row (docs/log.md). Weights of experts (E, O, I) are kept in the order they have: under
+    autocast they need not be narrowed for every token then. Nothing happens on machines without oneDNN. A copy counts for as
     long as its weight does not change in place; changes through `.data` go unseen, then `pack` has to be told again.
     """
     if _POINTWISE is None:
         return
     for weight in weights:
-        if weight.device.type == "cpu" and weight.dtype in (torch.float32, torch.bfloat16) and weight.numel():
-            half = weight.detach().to(torch.bfloat16).contiguous()
-            _PACKED[weight] = _Packed(torch.ops.mkldnn._reorder_linear_weight(half, None), weight._version)
+        if weight.device.type != "cpu" or weight.dtype not in (torch.float32, torch.bfloat16) or not weight.numel():
+            continue
+        half = weight.detach().to(torch.bfloat16).contiguous()
+        if weight.dim() == 2:
+            half = torch.ops.mkldnn._reorder_linear_weight(half, None)
+        _PACKED[weight] = _Packed(half, weight._version)
+
+
+def _ready(weight: Tensor) -> Tensor | None:
+    found: _Packed | None = _PACKED.get(weight) if _PACKED else None
+    return None if found is None or found.version != weight._version else found.weight
+
+
+def narrowed(weight: Tensor, dtype: torch.dtype) -> Tensor:
+    """`weight.to(dtype)` for weights of experts (E, O, I), or the copy that `pack` keeps; without gradients."""
+    kept = None if weight.dtype == dtype or dtype != torch.bfloat16 or torch.compiler.is_compiling() else _ready(weight)
+    return weight.to(dtype) if kept is None else kept
 
 
 def _packed(x: Tensor, weight: Tensor) -> Tensor | None:
     if torch.compiler.is_compiling() or not _PACKED or x.device.type != "cpu" or compute_dtype(x) != torch.bfloat16:
         return None
-    found: _Packed | None = _PACKED.get(weight)
-    if found is None or found.version != weight._version or not 0 < x.numel() <= _FEW * x.shape[-1]:
-        return None
-    return found.weight
+    return _ready(weight) if 0 < x.numel() <= _FEW * x.shape[-1] else None
 
 
 # A product of few rows as one operation, for compilers: into what is packed they cannot look.

@@ -36,21 +36,20 @@ def _matrix_unit() -> bool:
     return bool(getattr(torch.cpu, "_is_amx_tile_supported", bool)())
 
 
-def computes(x: Tensor, up: Tensor, down: Tensor, rows: int, activation: str) -> bool:
-    """Whether `experts` is to compute this many rows of the width and dtype of x (..., D).
+def fits(width: int, hidden: int, activation: str, dtype: torch.dtype) -> bool:
+    """Whether there is C++ for experts of such widths, D a multiple of 32 and F of 16, activation, silu or relu, and dtype."""
+    return activation in _RELU and width % 32 == 0 and hidden % 16 == 0 and _function(dtype) is not None
 
-    It can for plain tensors on a CPU, D a multiple of 32, F of 16, silu or relu.
-    """
+
+def computes(x: Tensor, up: Tensor, down: Tensor, rows: int, activation: str) -> bool:
+    """Whether `experts` is to compute this many rows of the width and dtype of x (..., D): plain tensors on a CPU that fit."""
     plain = type(x) is Tensor and all(type(t) in (Tensor, nn.Parameter) and t.dtype == x.dtype for t in (up, down))
     return (
         plain
         and x.device.type == up.device.type == down.device.type == "cpu"
-        and activation in _RELU
-        and down.shape[1] % 32 == 0
-        and down.shape[2] % 16 == 0
         and not torch.compiler.is_compiling()
         and not (x.dtype == torch.bfloat16 and rows > 2 * _TILE * len(up) and _matrix_unit())
-        and _function(x.dtype) is not None
+        and fits(down.shape[1], down.shape[2], activation, x.dtype)
     )
 
 
@@ -67,7 +66,7 @@ def experts(rows: Tensor, ends: Tensor, up: Tensor, down: Tensor, activation: st
 
     Returns:
         The first product (S, U), or None, and the second (S, D). Between the two values are rounded to the dtype as PyTorch's
-        operations would; sums are of float32.
+        operations would; sums are of float32. A row's result is the same to the last bit whatever rows are beside it.
     """
     n_experts, width, hidden = down.shape
     rows, up, down = rows.contiguous(), up.contiguous(), down.contiguous()
