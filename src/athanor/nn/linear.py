@@ -86,7 +86,7 @@ _FEW = 1024  # rows up to which a weight that is in order already is worth it: b
 
 
 def pack(weights: Iterable[Tensor]) -> None:
-    """Keep a copy of these weights in bfloat16 for as long as they live, matrices (O, I) as products of few rows read them fastest.
+    """Keep a copy of these weights in bfloat16 while they live, matrices (O, I) as products of few rows read them fastest.
 
     A product of few rows takes as long as it takes to read the weight, and as oneDNN wants it in blocks it is put in order each
     time: half of the time of a single row (docs/log.md). Weights of experts (E, O, I) are kept in the order they have: under
