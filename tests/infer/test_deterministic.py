@@ -7,7 +7,7 @@ import torch
 
 from athanor.core.errors import ConfigError
 from athanor.infer.engine import BLOCK, Engine
-from athanor.models import gemma, gpt2, io, llama, mixtral, qwen3_moe
+from athanor.models import deepseek_v3, gemma, gpt2, io, llama, mixtral, qwen3_moe
 from athanor.nn import native
 from athanor.nn.experts import Experts
 from athanor.nn.moe import MixtureOfExperts
@@ -22,6 +22,25 @@ CONFIGS = {
     "gemma": gemma.Config(512, 192, 2, 6, 2, 512, max_positions=256, version=2, head_dim=32, window=24, attention_softcap=30.0),
     "mixtral": mixtral.Config(512, 192, 2, 6, 2, 256, max_positions=256, n_experts=6),
     "qwen3_moe": qwen3_moe.Config(512, 192, 2, 6, 2, 256, max_positions=256, n_experts=20, top_k=4, d_expert=64, head_dim=32),
+    "deepseek_v3": deepseek_v3.Config(
+        512,
+        192,
+        2,
+        6,
+        d_ff=256,
+        max_positions=256,
+        n_experts=8,
+        top_k=3,
+        d_expert=64,
+        n_groups=2,
+        top_groups=1,
+        first_dense=1,
+        query_rank=32,
+        latent_rank=32,
+        head_dim=16,
+        nope_dim=16,
+        value_dim=16,
+    ),
 }
 DTYPES = {"fp32": torch.float32, "bf16": torch.bfloat16}
 
