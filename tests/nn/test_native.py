@@ -207,3 +207,11 @@ def test_a_row_is_the_same_bits_in_any_company(dtype):
             some = rows[start : start + n]
             found = native.experts(some, torch.tensor([n], dtype=torch.int32), up, down, "silu", False)[1]
             assert torch.equal(found, whole[start : start + n])
+
+
+@needs_fp32
+@pytest.mark.parametrize("keep", [False, True])
+def test_it_is_an_operation_whose_shapes_are_known_without_running_it(keep):
+    (rows, up, down, _), _ = case(20, 2, 1, 32, 16, True, torch.float32)
+    args = (rows.detach(), torch.tensor([12, 20], dtype=torch.int32), up.detach(), down.detach(), False, keep)
+    torch.library.opcheck(torch.ops.athanor.experts.default, args, test_utils=("test_schema", "test_faketensor"))

@@ -129,7 +129,8 @@ def _mixture(
     grain = _ROWS if faster else _GRAIN if on_cpu and dtype in (torch.bfloat16, torch.float16) else 1
     places = _places(experts, up.shape[0], grain if keep or not ours else 1, whole)
     rows = x.index_select(0, places.token)
-    spans = list(_spans(places.ends)) if faster or not _grouped(dtype, *up.shape[1:], down.shape[2]) else None
+    apart = (faster or not _grouped(dtype, *up.shape[1:], down.shape[2])) and (keep or not ours)
+    spans = list(_spans(places.ends)) if apart else None
     made: list[Tensor]
     if ours:
         inner, y = native.experts(rows, places.ends, up, down, activation, keep)

@@ -12,14 +12,15 @@ from pathlib import Path
 from typing import Any
 
 import torch
-from torch import Tensor, nn
+from torch import Tensor
+from torch.utils._python_dispatch import is_traceable_wrapper_subclass
 
 from athanor.core import native
 from athanor.core.device import supports_bf16
 
 _SOURCE = Path(__file__).with_name("experts.cpp")
 _TILE = 16  # rows that are computed together, as in experts.cpp
-_RELU = {"relu": 1, "silu": 0, "swish": 0}  # the activations there are
+_RELU = {"relu": True, "silu": False, "swish": False}  # the activations there are
 _CPU = torch.device("cpu")
 
 
@@ -43,9 +44,9 @@ def fits(width: int, hidden: int, activation: str, dtype: torch.dtype) -> bool:
 
 def computes(x: Tensor, up: Tensor, down: Tensor, rows: int, activation: str) -> bool:
     """Whether `experts` is to compute this many rows of the width and dtype of x (..., D): plain tensors on a CPU that fit."""
-    plain = type(x) is Tensor and all(type(t) in (Tensor, nn.Parameter) and t.dtype == x.dtype for t in (up, down))
     return (
-        plain
+        not any(is_traceable_wrapper_subclass(t) for t in (x, up, down))
+        and x.dtype == up.dtype == down.dtype
         and x.device.type == up.device.type == down.device.type == "cpu"
         and not torch.compiler.is_compiling()
         and not (x.dtype == torch.bfloat16 and rows > 2 * _TILE * len(up) and _matrix_unit())
@@ -68,16 +69,31 @@ def experts(rows: Tensor, ends: Tensor, up: Tensor, down: Tensor, activation: st
         The first product (S, U), or None, and the second (S, D). Between the two values are rounded to the dtype as PyTorch's
         operations would; sums are of float32. A row's result is the same to the last bit whatever rows are beside it.
     """
+    inner, y = torch.ops.athanor.experts(rows, ends, up, down, _RELU[activation], keep)
+    return inner if keep else None, y
+
+
+def _shaped(rows: Tensor, ends: Tensor, up: Tensor, down: Tensor, relu: bool, keep: bool) -> tuple[Tensor, Tensor]:
+    return rows.new_empty(len(rows) if keep else 0, up.shape[1]), rows.new_empty(rows.shape)
+
+
+def _experts(rows: Tensor, ends: Tensor, up: Tensor, down: Tensor, relu: bool, keep: bool) -> tuple[Tensor, Tensor]:
     n_experts, width, hidden = down.shape
     rows, up, down = rows.contiguous(), up.contiguous(), down.contiguous()
+    inner, y = _shaped(rows, ends, up, down, relu, keep)
     tiles = len(rows) // _TILE + n_experts
-    inner = rows.new_empty(len(rows), up.shape[1]) if keep else None
-    y = torch.empty_like(rows)
     room = rows.new_empty(tiles * _TILE * width), rows.new_empty(tiles * _TILE * hidden)
-    tensors = rows, ends, up, down, *room, inner, y
+    tensors = rows, ends, up, down, *room, inner if keep else None, y
     _function(rows.dtype)(
         *(ctypes.c_void_p(None if t is None else t.data_ptr()) for t in tensors),
         *(ctypes.c_int64(n) for n in (n_experts, width, hidden)),
-        *(ctypes.c_int(n) for n in (up.shape[1] > hidden, _RELU[activation], torch.get_num_threads())),
+        *(ctypes.c_int(n) for n in (up.shape[1] > hidden, relu, torch.get_num_threads())),
     )
     return inner, y
+
+
+# As one operation, for whoever looks at operations: a rehearsal of training counts what it makes without running it.
+_LIBRARY = torch.library.Library("athanor", "FRAGMENT")
+_LIBRARY.define("experts(Tensor rows, Tensor ends, Tensor up, Tensor down, bool relu, bool keep) -> (Tensor, Tensor)")
+_LIBRARY.impl("experts", _experts, "CPU")
+_LIBRARY.impl("experts", _shaped, "Meta")

@@ -13,6 +13,7 @@ from torch import nn
 from athanor.core.device import require_compiler
 from athanor.core.errors import ConfigError
 from athanor.nn.context import Packed
+from athanor.nn.experts import Experts
 from athanor.train.checkpointing import Lean, stacks
 
 
@@ -42,7 +43,7 @@ def compile_blocks(model: nn.Module, first: Callable[[], object], backend: str =
             "selective checkpointing looks at the operations of a block one by one, and a compiled block shows none:"
             " use full checkpointing, or do not compile"
         )
-    _hide_groups()
+    _hide()
     for block in found:
         if isinstance(block.forward, Lean):
             block.forward.whole = torch.compile(block.forward.whole, backend=backend)
@@ -57,9 +58,12 @@ def compile_blocks(model: nn.Module, first: Callable[[], object], backend: str =
 
 
 @cache
-def _hide_groups() -> None:
-    """Compilers are to see attention over sequences of several lengths as one call: its rectangles are others in every batch.
+def _hide() -> None:
+    """Compilers are to see two things as one call each, for their shapes are others in every batch: attention over sequences of
+    several lengths, which makes rectangles of them, and experts.
 
-    Once in a process, and not where `Packed` is defined: asking for it imports PyTorch's compiler.
+    Once in a process, and not where these are defined: asking for it imports PyTorch's compiler.
     """
-    Packed.by_groups = torch.compiler.disable(Packed.by_groups)  # type: ignore[method-assign]  # the wrapper is called as the method is
+    # The wrappers are called as the methods are.
+    Packed.by_groups = torch.compiler.disable(Packed.by_groups)  # type: ignore[method-assign]
+    Experts.forward = torch.compiler.disable(Experts.forward)  # type: ignore[method-assign]
