@@ -4,10 +4,10 @@ forward        logits of whole sequences, no gradients
 forward + backward   the loss of every token and all gradients, as a training step computes them
 
 Both sides have the same weights (through a file), the same ids and the same dtype of weights, live each in a process of its own
-with the same threads, and take turns; nothing is compiled. Our process has the allocator as our recipes set it
+with the same threads, and take turns; nothing goes through torch.compile. Our process has the allocator as our recipes set it
 (`tune_allocator`), and `--tuned-peer` sets it for transformers too. transformers runs its fastest attention and, for mixtures,
 the fastest of its implementations of experts. A ratio is the median of the ratios of the rounds. Before anything is timed, both
-sides must compute the same logits.
+sides must compute the same logits. `ATHANOR_NATIVE=0` shows what mixtures gain by C++ of our own.
 """
 
 from __future__ import annotations

@@ -6,7 +6,7 @@ A recipe defines a frozen dataclass `Config`, whose fields (and those of the dat
 says of it. `athanor --help` reads recipes without importing them.
 
 Exit status: 0 done, 1 an AthanorError, 2 a command line or config that makes no sense, 130 interrupted.
-`ATHANOR_DEBUG=1` shows the traceback of an AthanorError.
+`ATHANOR_DEBUG=1` shows the traceback of an AthanorError; `ATHANOR_NATIVE=0` computes without C++ of our own (core/native.py).
 """
 
 from __future__ import annotations

@@ -75,7 +75,7 @@ def test_other_processors_go_without(source, monkeypatch):
 
 def test_a_compiler_that_fails_is_told_once_and_leaves_nothing(source):
     source.write_text("int twice(")
-    with pytest.warns(RuntimeWarning, match=r"twice\.cpp could not be compiled by .* into .*: PyTorch computes instead"):
+    with pytest.warns(RuntimeWarning, match=r"twice\.cpp could not be compiled by .* and kept \(.*\): PyTorch"):
         assert native.load(source) is None
     assert native.load(source) is None  # a second warning would be an error
     assert kept() == []
@@ -84,7 +84,19 @@ def test_a_compiler_that_fails_is_told_once_and_leaves_nothing(source):
 def test_a_folder_that_cannot_be_written_is_told(source, tmp_path, monkeypatch):
     (tmp_path / "file").write_text("")
     monkeypatch.setenv("XDG_CACHE_HOME", str(tmp_path / "file"))
-    with pytest.warns(RuntimeWarning, match="could not be compiled .* ATHANOR_NATIVE=0 in the environment to go without"):
+    with pytest.warns(
+        RuntimeWarning, match="mend the compiler or the folder .XDG_CACHE_HOME names another., or set ATHANOR_NATIVE=0"
+    ):
+        assert native.load(source) is None
+
+
+def test_without_a_home_it_is_told(source, monkeypatch):
+    def home():
+        raise RuntimeError("Could not determine home directory.")
+
+    monkeypatch.delenv("XDG_CACHE_HOME")
+    monkeypatch.setattr(native.Path, "home", home)
+    with pytest.warns(RuntimeWarning, match="could not be compiled .*Could not determine home directory"):
         assert native.load(source) is None
 
 

@@ -36,7 +36,7 @@ def refusal() -> str:
 
 
 def folder() -> Path:
-    """Where compiled files are kept: `athanor` in XDG_CACHE_HOME, by default ~/.cache."""
+    """Where compiled files are kept: the folder athanor in XDG_CACHE_HOME, by default ~/.cache. RuntimeError without a home."""
     return Path(os.environ.get("XDG_CACHE_HOME") or Path.home() / ".cache") / "athanor"
 
 
@@ -62,9 +62,9 @@ def load(source: Path) -> ctypes.CDLL | None:
     """
     if refusal():
         return None
-    key = hashlib.sha256("\0".join((source.read_text(), *_FLAGS)).encode()).hexdigest()[:16]
-    target, cxx = folder() / f"{source.stem}-{key}.so", compiler()
+    key, cxx = hashlib.sha256("\0".join((source.read_text(), *_FLAGS)).encode()).hexdigest()[:16], compiler()
     try:
+        target = folder() / f"{source.stem}-{key}.so"
         if target.exists():
             with contextlib.suppress(OSError):  # a damaged file is made anew
                 return ctypes.CDLL(str(target))
@@ -72,11 +72,11 @@ def load(source: Path) -> ctypes.CDLL | None:
             return None
         _compile(source, target, cxx)
         return ctypes.CDLL(str(target))
-    except (OSError, subprocess.SubprocessError) as error:
+    except (OSError, RuntimeError, subprocess.SubprocessError) as error:  # RuntimeError: there is no home
         said = (getattr(error, "stderr", None) or str(error)).strip().splitlines()
         warnings.warn(
-            f"{source.name} could not be compiled by {cxx} into {target.parent} ({said[-1] if said else error}): PyTorch computes"
-            " instead, slower; mend the compiler or the folder, or set ATHANOR_NATIVE=0 in the environment to go without",
+            f"{source.name} could not be compiled by {cxx} and kept ({said[-1] if said else error}): PyTorch computes instead,"
+            " slower; mend the compiler or the folder (XDG_CACHE_HOME names another), or set ATHANOR_NATIVE=0 to go without",
             RuntimeWarning,
             stacklevel=2,
         )
