@@ -6,8 +6,11 @@ import pytest
 import torch
 
 from athanor.core.errors import ConfigError, RequestError
+from athanor.infer.engine import Engine
+from athanor.models import mixtral
 from athanor.tokenizer.chat import parse
 from athanor.types import Structure
+from tests.infer.test_paths import Letters, random_model
 
 TOLERANCE = 1e-5  # float32, log-probabilities
 
@@ -455,6 +458,15 @@ def test_packed_weights_follow_the_weights(tiny, engine, prompts, request_of):
         p.data.div_(1.5)
     shared.forget()
     assert ask(shared).logprobs == pytest.approx(first.logprobs, abs=1e-4)
+
+
+def test_experts_are_kept_in_bfloat16_where_they_are_wider():
+    model = random_model("mixtral", mixtral.PRESETS["tiny"])
+    own = {id(p) for name, p in model.named_parameters() if ".experts." in name}
+    assert own
+    for dtype, kept in ((torch.float32, own), (torch.bfloat16, set())):
+        engine = Engine(model.to(dtype), Letters(model.config.vocab_size), precision="bf16")
+        assert own & {id(weight) for weight in engine._packed} == kept
 
 
 def test_what_the_engine_does_is_counted(engine, prompts, request_of):

@@ -20,8 +20,10 @@ import warnings
 from pathlib import Path
 
 # PyTorch's own threads are used: both load a libgomp.so.1, and a process loads one file of that name.
-_FLAGS: tuple[str, ...] = ("-O3", "-std=c++17", "-w", "-fopenmp", "-shared", "-fPIC")
-_FLAGS += ("-mavx512f", "-mavx512bw", "-mavx512dq", "-mavx512vl", "-mavx512bf16")
+_FLAGS = [
+    *("-O3", "-std=c++17", "-w", "-fopenmp", "-shared", "-fPIC"),
+    *("-mavx512f", "-mavx512bw", "-mavx512dq", "-mavx512vl", "-mavx512bf16"),
+]
 
 
 def refusal() -> str:

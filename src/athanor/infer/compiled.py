@@ -20,8 +20,6 @@ from athanor.nn.positions import Rotary
 
 # Columns of a table of blocks at least, so that they are a number that changes: one of 1 would be compiled apart.
 _BLOCKS = 2
-
-
 EXPERTS = "sends tokens to experts"
 
 

@@ -42,6 +42,12 @@ class Part(NamedTuple):
     source: Sequence[int] | None = None
 
 
+def _steady(model: CausalLM | EncoderDecoder, dtype: torch.dtype) -> bool:
+    """Whether what experts make of a token does not depend on the tokens beside it, to the last bit."""
+    mixtures = (m for m in model.modules() if isinstance(m, MixtureOfExperts))
+    return all(m.capacity is None and m.experts.steady(dtype) for m in mixtures)
+
+
 class Runner:
     """A model and its cache.
 
@@ -67,9 +73,7 @@ class Runner:
         deterministic: bool = False,
     ) -> None:
         dtype = torch.bfloat16 if precision == "bf16" else torch.float32
-        mixtures = [m for m in model.modules() if isinstance(m, MixtureOfExperts)]
-        steady = all(m.capacity is None and m.experts.steady(dtype) for m in mixtures)
-        if deterministic and (why := refusal(model)) and not (why == EXPERTS and steady):
+        if deterministic and (why := refusal(model)) and not (why == EXPERTS and _steady(model, dtype)):
             raise ConfigError(
                 f"a {model.model_type} {why}, so that what is computed beside may change its last bits: leave `deterministic` out"
             )
