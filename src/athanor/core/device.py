@@ -7,7 +7,6 @@ import os
 import platform
 import random
 import resource
-import shutil
 import sys
 from collections.abc import Mapping
 from contextlib import AbstractContextManager, nullcontext
@@ -39,11 +38,10 @@ def require_compiler(device: torch.device, verb: str) -> None:
 
     Raises MissingExtraError naming the compiler and what to do.
     """
-    compiler = os.environ.get("CXX", "clang++" if sys.platform == "darwin" else "g++")
-    if device.type == "cpu" and shutil.which(compiler) is None:
+    if device.type == "cpu" and native.compiler() is None:
         raise MissingExtraError(
-            f"compiling on a CPU needs the C++ compiler {compiler!r}, which is not installed: install it (on Debian `apt install"
-            f" g++`), name another in the environment variable CXX, or {verb} without compiling"
+            f"compiling on a CPU needs the C++ compiler {native.compiler_name()!r}, which is not installed: install it (on Debian"
+            f" `apt install g++`), name another in the environment variable CXX, or {verb} without compiling"
         )
 
 

@@ -42,9 +42,14 @@ def folder() -> Path:
     return Path(os.environ.get("XDG_CACHE_HOME") or Path.home() / ".cache") / "athanor"
 
 
+def compiler_name() -> str:
+    """The C++ compiler that is asked for: the environment's CXX, or what torch.compile takes too."""
+    return os.environ.get("CXX", "clang++" if sys.platform == "darwin" else "g++")
+
+
 def compiler() -> str | None:
-    """The path of the C++ compiler: the environment's CXX, or g++. None where there is none."""
-    return shutil.which(os.environ.get("CXX", "g++"))
+    """Its path, None where it is not installed."""
+    return shutil.which(compiler_name())
 
 
 def _compile(source: Path, target: Path, cxx: str) -> None:

@@ -64,6 +64,5 @@ def _hide() -> None:
 
     Once in a process, and not where these are defined: asking for it imports PyTorch's compiler.
     """
-    # The wrappers are called as the methods are.
-    Packed.by_groups = torch.compiler.disable(Packed.by_groups)  # type: ignore[method-assign]
-    Experts.forward = torch.compiler.disable(Experts.forward)  # type: ignore[method-assign]
+    Packed.by_groups = torch.compiler.disable(Packed.by_groups)  # type: ignore[method-assign]  # the wrapper is called as the method is
+    Experts.forward = torch.compiler.disable(Experts.forward)  # type: ignore[method-assign]  # and so is this one
