@@ -16,6 +16,7 @@ from tests.serve.talker import MODELS, Talker
 pytestmark = pytest.mark.browser
 EXECUTABLES = ("chromium", "chromium-browser", "google-chrome", "chrome", "chromium-headless-shell")
 expect.set_options(timeout=30_000)
+PLAIN = "athanor.test"  # this machine under a name that browsers do not trust without HTTPS, as they do 127.0.0.1
 WIDE, PHONE = {"width": 1280, "height": 800}, {"width": 390, "height": 844}
 
 
@@ -25,7 +26,8 @@ def chromium():
     with sync_playwright() as playwright:
         try:
             # Without its own sandbox, which containers do not allow: it shows nothing but our own page.
-            browser = playwright.chromium.launch(executable_path=path, args=["--no-sandbox"])
+            arguments = ["--no-sandbox", f"--host-resolver-rules=MAP {PLAIN} 127.0.0.1"]
+            browser = playwright.chromium.launch(executable_path=path, args=arguments)
         except Error as error:
             pytest.skip(f"no Chromium starts here: {error.message.splitlines()[0]}")
         yield browser
@@ -231,12 +233,20 @@ def test_another_answer_thumbs_and_notes_become_a_pair(visit, run):
 def test_an_answer_can_be_copied(visit):
     shown = visit()
     turn = ask(shown, "html")
-    turn.get_by_role("button", name="Copy the answer").click()  # not allowed: selected instead
-    until(shown, lambda: "onerror" in shown.evaluate("getSelection().toString()"))
     shown.context.grant_permissions(["clipboard-read", "clipboard-write"])
     turn.get_by_role("button", name="Copy the answer").click()
     expect(turn.get_by_role("button", name="Copied")).to_be_visible()
     assert shown.evaluate("navigator.clipboard.readText()").startswith("<img src=x onerror=")
+
+
+def test_where_nothing_can_be_copied_the_answer_is_selected(visit):
+    shown = visit()
+    shown = visit(shown.url.replace("127.0.0.1", PLAIN))  # as over a network: no HTTPS, so no clipboard
+    assert shown.evaluate("[isSecureContext, navigator.clipboard === undefined]") == [False, True]
+    turn = ask(shown, "html")
+    turn.get_by_role("button", name="Copy the answer").click()
+    until(shown, lambda: "onerror" in shown.evaluate("getSelection().toString()"))
+    expect(turn.get_by_role("button", name="Copied")).to_have_count(0)
 
 
 def test_feedback_that_is_not_kept_is_not_shown_as_kept(visit, run):
