@@ -140,12 +140,16 @@ class LM:
             if name not in _PARAMS:
                 known = (*_PARAMS, "beams")
                 raise ConfigError(f"unknown parameter {name!r}{nearest(name, known)}; there are {', '.join(known)}")
-        engine = self.engine(max_batch=1)
+        self._check_generates()
         ids = self.prompt_ids(prompt)
         params.setdefault("seed", secrets.randbits(63))
         params.setdefault("max_tokens", max(1, self._room(ids)))
         if isinstance(params.get("stop"), str):
             params["stop"] = (params["stop"],)
+        # No room for more than is asked for, unless that would be refused.
+        fits = 1 <= params["max_tokens"] < self._room(ids)
+        context: int = getattr(self.config, "cached_positions", self.config.max_positions)
+        engine = self.engine(max_batch=1, max_len=context - self._room(ids) + params["max_tokens"] if fits else None)
         return engine.generate([Request("0", ids, SamplingParams(**params))])[0]
 
     def _room(self, ids: Sequence[int]) -> int:

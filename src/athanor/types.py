@@ -255,7 +255,8 @@ class Completion:
     prompt_logprobs  of each token of the prompt but the first, of which there is None
     cached           tokens of the prompt that were not computed, since another request had them
     timing           None where nobody measured
-    error            why it was aborted, where the form that was asked for led nowhere
+    error            why it was aborted, where the form that was asked for led nowhere; or see `spoilt`
+    spoilt           whether it was aborted since the model made inf or nan of it: `error` says what is not finite
     """
 
     request_id: str
@@ -271,6 +272,7 @@ class Completion:
     cached: int = 0
     timing: Timing | None = field(default=None, compare=False)
     error: str | None = None
+    spoilt: bool = False
 
 
 @dataclass(frozen=True, slots=True)

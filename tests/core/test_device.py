@@ -133,6 +133,24 @@ def test_machine_without_procfs_still_names_a_processor(monkeypatch):
     assert device.machine()["cpu"]
 
 
+@pytest.mark.parametrize(
+    ("vendor", "vectors", "mkl", "halves"),
+    [
+        ("AuthenticAMD", "AVX512", True, True),
+        ("GenuineIntel", "AVX512", True, False),
+        ("AuthenticAMD", "AVX2", True, False),
+        ("AuthenticAMD", "AVX512", False, False),
+    ],
+)
+def test_mkl_takes_the_widest_vectors_of_its_makers_processors_alone(monkeypatch, vendor, vectors, mkl, halves):
+    said = f"processor : 0\nvendor_id : {vendor}\nmodel name : Some Processor\n"
+    monkeypatch.setattr(device.Path, "read_text", lambda self: said)
+    monkeypatch.setattr(torch.backends.cpu, "get_cpu_capability", lambda: vectors)
+    monkeypatch.setattr(torch.backends.mkl, "is_available", lambda: mkl)
+    assert device.halves_mkl() is halves
+    assert device.machine()["cpu"] == "Some Processor"
+
+
 def test_peak_memory_grows_by_what_is_touched():
     before = device.peak_memory()
     assert before > 1 << 24

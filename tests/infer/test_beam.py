@@ -7,8 +7,9 @@ import pytest
 import torch
 from transformers import GenerationConfig
 
-from athanor.core.errors import ConfigError, RequestError
+from athanor.core.errors import ConfigError, NonFiniteError, RequestError
 from athanor.infer.beam import Beams, beam_search
+from athanor.infer.beam_batch import beam_search_batch
 from athanor.infer.engine import Engine
 from athanor.models import io
 from athanor.tokenizer.foreign import ForeignTokenizer
@@ -133,3 +134,13 @@ def test_an_answer_that_nothing_begins(tmp_path):
     object.__setattr__(ours, "token_ids", type(ours.token_ids)())
     with pytest.raises(ConfigError, match="names no decoder_start_token_id"):
         beam_search(ours, [4], Beams(), ())
+
+
+def test_a_model_that_is_broken_has_no_most_probable_answer(tiny):
+    model = tiny()
+    with torch.no_grad():
+        model.blocks[0].feed_forward.down.weight[0, 0] = float("nan")
+    with pytest.raises(NonFiniteError, match="the model's logits are not finite: its weights are damaged or have diverged"):
+        beam_search(model, [4, 5], Beams(beams=2, max_tokens=3), ())
+    with pytest.raises(NonFiniteError, match="logits are not finite"):
+        beam_search_batch(model, [[4, 5]], Beams(beams=2, max_tokens=3), ())

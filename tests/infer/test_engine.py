@@ -1,14 +1,20 @@
 """Law L2: whatever the engine does to be fast, the answer is that of plain forward passes, one request alone."""
 
 from itertools import pairwise
+from typing import get_args
 
 import pytest
 import torch
 
 from athanor.core.errors import ConfigError, RequestError
 from athanor.infer.engine import Engine
-from athanor.models import mixtral
+from athanor.lm import LM, load
+from athanor.models import deepseek_v3, mixtral
+from athanor.nn import linear
+from athanor.nn.moe import mixtures
+from athanor.optim.build import Name, OptimConfig, build
 from athanor.tokenizer.chat import parse
+from athanor.train.step import apply
 from athanor.types import Structure
 from tests.infer.test_paths import Letters, random_model
 
@@ -439,6 +445,56 @@ def test_beginnings_are_forgotten_when_the_weights_change(tiny, engine, request_
     assert ask().cached == 48
     shared.forget()
     assert ask().cached == 0
+
+
+@pytest.mark.parametrize("precision", ["fp32", "bf16"])
+@pytest.mark.parametrize("name", get_args(Name))
+def test_a_step_of_any_optimiser_makes_weights_new(tiny, engine, prompts, request_of, name, precision):
+    """PyTorch's fused kernels do not count what they change."""
+    model, prompt = tiny(seed=1), (prompts[3] * 8)[:60]
+    shared = engine(model=model, precision=precision)
+    ask = lambda who: who.generate([request_of("x", prompt, temperature=0, max_tokens=8)])[0]  # noqa: E731
+    first = ask(shared)
+    assert ask(shared).cached == 48
+    model(torch.tensor([prompt])).square().sum().backward()
+    apply(build(model, OptimConfig(name=name, lr=0.1)), grad_norm=1.0, clip=1.0, lr_factor=1.0)
+    after, fresh = ask(shared), ask(engine(model=model, precision=precision))
+    assert after.cached == 0 and after.logprobs != first.logprobs
+    assert (after.ids, after.logprobs) == (fresh.ids, fresh.logprobs)
+
+
+def test_what_balances_experts_makes_answers_new(request_of):
+    """A buffer, not a parameter; what only counts tokens is no reason to forget."""
+    model = random_model("deepseek_v3", deepseek_v3.PRESETS["tiny"])
+    shared, prompt = Engine(model, Letters(model.config.vocab_size)), [3 + i % 50 for i in range(60)]
+    ask = lambda: shared.generate([request_of("x", prompt, temperature=0, max_tokens=8)])[0].cached  # noqa: E731
+    assert (ask(), ask()) == (0, 48)
+    with torch.no_grad():
+        model.train()(torch.tensor([prompt]))
+    assert model.eval() and ask() == 48
+    mixtures(model)[0].router.e_score_correction_bias.add_(1.0)
+    assert (ask(), ask()) == (0, 48)
+
+
+def test_a_model_that_was_loaded_is_packed_too(tiny, tokenizer, engine, prompts, request_of, tmp_path):
+    """Its weights have never been changed in place: the count that the engine goes by is 0."""
+    LM(tiny(seed=1), tokenizer).save(tmp_path / "model")
+    model = load(tmp_path / "model").model
+    assert not sum(p._version for p in model.parameters())
+    shared = engine(model=model, precision="bf16")
+    assert not any(p in linear._PACKED for p in model.parameters())
+    shared.generate([request_of("x", prompts[0], max_tokens=2)])
+    assert all(module.weight in linear._PACKED for module in model.modules() if type(module) is linear.Linear)
+
+
+@torch.inference_mode()
+def test_a_model_that_was_made_in_inference_mode_answers(tiny, engine, prompts, request_of):
+    """PyTorch counts nothing of such tensors."""
+    ask = lambda model: engine(model=model, precision="bf16").generate([request_of("x", prompts[3], temperature=0)])[0].ids  # noqa: E731
+    made = tiny(seed=1)
+    assert made.output_weight.is_inference()
+    with torch.inference_mode(False):
+        assert ask(tiny(seed=1)) == ask(made)
 
 
 def test_packed_weights_follow_the_weights(tiny, engine, prompts, request_of):

@@ -5,7 +5,7 @@ import torch
 from hypothesis import given
 from hypothesis import strategies as st
 
-from athanor.nn.context import Causal, Packed
+from athanor.nn.context import Causal, Packed, from_rows, to_rows
 
 LENGTHS = [(7, 1, 12, 3, 5), (1,), (1, 1, 1), (9, 9, 9), (2, 31, 4, 33, 17, 1), (40,)]
 
@@ -96,3 +96,27 @@ def test_packed_attention_is_causal_attention_of_each(lengths, groups, seed):
         expected = Causal(1, length).attend(0, query[:, at], key[:, at], value[:, at])
         torch.testing.assert_close(out[:, at], expected, rtol=1e-5, atol=1e-6)
         start += length
+
+
+@pytest.mark.parametrize("causal", [True, False])
+@pytest.mark.parametrize("lengths", [(7, 12, 3), (1, 6, 1), (33, 31, 32)])
+def test_what_is_not_finite_stays_in_its_document(causal, lengths):
+    """Padding is multiplied by probability 0, which does not stop inf and nan: it may be of no other document."""
+    x = [torch.randn(1, sum(lengths), 2, 4, requires_grad=True) for _ in range(3)]
+    first = lengths[0]
+    spoilt = [t.detach().clone().index_fill_(1, torch.arange(first), float("nan")).requires_grad_() for t in x]
+    outs = [Packed(torch.tensor(lengths), causal=causal).attend(0, *given)[:, first:] for given in (x, spoilt)]
+    assert torch.equal(*outs)
+    for tensors, out in zip((x, spoilt), outs, strict=True):
+        out.square().sum().backward()
+        assert all(t.grad[:, first:].isfinite().all() for t in tensors)
+    for a, b in zip(x, spoilt, strict=True):
+        assert torch.equal(a.grad[:, first:], b.grad[:, first:])
+
+
+def test_rows_of_sequences_of_any_length_hold_nobody_elses_tokens():
+    lengths = torch.tensor([2, 0, 4, 1, 0])
+    x = torch.arange(7.0)[:, None] + 1
+    rows = to_rows(x, lengths)[:, :, 0]
+    assert rows.tolist()[0] == [1, 2, 2, 2] and rows.tolist()[2] == [3, 4, 5, 6] and rows.tolist()[3] == [7, 7, 7, 7]
+    assert torch.equal(from_rows(to_rows(x, lengths), lengths), x)

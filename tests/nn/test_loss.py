@@ -196,3 +196,12 @@ def test_token_logprobs_with_bias_and_cap(chunks, biased, softcap):
     torch.testing.assert_close(entropy, distribution.entropy().detach(), rtol=1e-5, atol=1e-5)
     for ours, theirs in zip(mine, torch.autograd.grad(expected, given, upstream), strict=True):
         torch.testing.assert_close(ours, theirs, rtol=1e-4, atol=1e-5 * float(theirs.abs().max()))
+
+
+def test_entropy_where_tokens_are_forbidden():
+    hidden, weight, targets = data(9)
+    bias = torch.zeros(VOCAB).index_fill_(0, torch.arange(5, 20), -torch.inf)
+    targets = targets.remainder(5)
+    found = token_logprobs(hidden, weight, targets, torch.ones(9), bias)[1]
+    logits = hidden.detach() @ weight.detach().T + bias
+    torch.testing.assert_close(found, torch.distributions.Categorical(logits=logits).entropy())

@@ -459,3 +459,27 @@ def test_on_a_gpu_the_same(dtype):
     ]
     for a, b in pairs:
         assert distance(b, a) <= limit
+
+
+@torch.no_grad()
+@pytest.mark.parametrize("exact", [False, True])
+@pytest.mark.parametrize("jitter", [0.001, 0.01])
+def test_jitter_of_bfloat16_is_to_both_sides(exact, jitter):
+    """A factor drawn in bfloat16 would be one of four numbers, none above 1, or 1 always."""
+    torch.manual_seed(0)
+    router = SoftmaxRouter(D, E, 1, exact=exact, jitter=jitter).train()
+    seen = []
+    router._logits = lambda x, exact: seen.append(x) or torch.zeros(len(x), E)
+    x = torch.ones(4096, D, dtype=torch.bfloat16) * 1.5
+    router(x)
+    change = seen[0].float() / 1.5 - 1
+    assert seen[0].dtype == (torch.float32 if exact else torch.bfloat16)
+    assert abs(float(change.mean())) < 0.03 * jitter
+    if exact:
+        assert float(change.abs().max()) <= 1.001 * jitter
+        assert float(change.std()) == pytest.approx(jitter / 3**0.5, rel=0.03)
+
+
+def test_losses_of_no_token_are_zero():
+    nothing, chosen = torch.zeros(0, E), torch.zeros(0, 2, dtype=torch.int64)
+    assert float(moe.load_balance_loss([nothing], [chosen])) == float(moe.router_z_loss([nothing])) == 0

@@ -123,6 +123,38 @@ def test_silu_is_exact_to_a_few_units_in_the_last_place():
     torch.testing.assert_close(y.double(), F.silu(x.double()), rtol=5e-7, atol=1e-30)
 
 
+@needs_fp32
+@pytest.mark.parametrize("dtype", DTYPES)
+def test_silu_of_what_is_far_below_zero_is_zero(dtype):
+    x = torch.tensor([-100.0, -1e3, -1e30, -1e36, -1e38, -3e38, 3e38, -torch.inf]).to(dtype)
+    rows = torch.zeros(len(x), 32, dtype=dtype)
+    rows[:, 0], rows[:, 1] = x, 1
+    up, down = torch.zeros(1, 32, 32, dtype=dtype), torch.zeros(1, 32, 16, dtype=dtype)
+    up[0, 0, 0] = up[0, 16, 1] = down[0, 0, 0] = 1
+    rows[-1, 0] = -3e38
+    up[0, 0, 1] = 0
+    y = native.experts(rows, torch.tensor([len(x)], dtype=torch.int32), up, down, "silu", False)[1][:, 0]
+    assert y[:6].abs().max() < 1e-30 and y[6] == rows[6, 0] and y[7].abs() < 1e-30
+
+
+@needs_fp32
+@pytest.mark.parametrize(
+    ("width", "up", "down", "ends"),
+    [
+        (32, (4, 32, 64), (4, 64, 16), (4, torch.int32)),
+        (128, (4, 32, 64), (4, 64, 16), (4, torch.int32)),
+        (64, (2, 32, 64), (4, 64, 16), (4, torch.int32)),
+        (64, (4, 48, 64), (4, 64, 16), (4, torch.int32)),
+        (64, (4, 32, 64), (4, 64, 16), (3, torch.int32)),
+        (64, (4, 32, 64), (4, 64, 16), (4, torch.int64)),
+    ],
+)
+def test_what_does_not_go_together_is_refused_before_memory_is_touched(width, up, down, ends):
+    bounds = torch.full((ends[0],), 10, dtype=ends[1])
+    with pytest.raises(ValueError, match=r"rows \(10, .* do not go together: they must be \(S, D\), \(E,\) int32"):
+        native.experts(torch.zeros(10, width), bounds, torch.zeros(up), torch.zeros(down), "silu", False)
+
+
 @pytest.mark.parametrize("dtype", DTYPES)
 @pytest.mark.parametrize("activation", ["silu", "relu"])
 @pytest.mark.parametrize("value", [float("nan"), float("inf")])

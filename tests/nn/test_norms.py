@@ -52,3 +52,20 @@ def test_under_autocast_the_result_has_the_dtype_of_the_product_that_follows():
     with torch.autocast("cpu", dtype=torch.bfloat16):
         assert compute_dtype(x) == ours(x).dtype == torch.bfloat16
     assert compute_dtype(x) == ours(x).dtype == torch.float32
+
+
+def test_a_single_vector_has_gradients():
+    grads = []
+    for norm in pair():
+        x = torch.linspace(-1, 2, 24).requires_grad_()
+        norm(x).square().sum().backward()
+        grads.append((x.grad, norm.weight.grad))
+    for ours, theirs in zip(*grads, strict=True):
+        torch.testing.assert_close(ours, theirs)
+
+
+def test_autocast_leaves_float64_alone():
+    """As it does before PyTorch's own products."""
+    norm, x = RMSNorm(24).double(), torch.randn(3, 24, dtype=torch.float64)
+    with torch.autocast("cpu", dtype=torch.bfloat16):
+        assert compute_dtype(x) == norm(x).dtype == torch.nn.functional.linear(x, x).dtype == torch.float64

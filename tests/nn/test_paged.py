@@ -1,10 +1,15 @@
 """The paged cache: whatever way a text is cut into calls, and wherever its blocks lie, the numbers are those of one pass."""
 
+import os
+import sys
+from pathlib import Path
+
 import pytest
 import torch
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
+from athanor.core.errors import ConfigError
 from athanor.models import io
 from athanor.nn.cache import KV, State
 from athanor.nn.context import Causal
@@ -81,3 +86,28 @@ def test_a_block_costs_what_its_layers_keep():
     cache = PagedCache(layers, 5, 16, 1, torch.bfloat16, CPU)
     held = sum(x.nbytes for x in (*cache.keys, *cache.values) if x is not None)
     assert 5 * 16 * PagedCache.bytes_per_token(layers, torch.bfloat16) == held == 5 * 16 * 2 * (2 * (8 + 8) + 12)
+
+
+def resident():
+    return int(Path("/proc/self/statm").read_text().split()[1]) * os.sysconf("SC_PAGE_SIZE")
+
+
+@pytest.mark.skipif(sys.platform != "linux", reason="reads what Linux says of a process")
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
+def test_room_that_nothing_stands_in_takes_no_memory(dtype):
+    """4 GB of it, of which three blocks are written."""
+    before = resident()
+    cache = PagedCache([KV(8, 128, 128)], (2 << 30) // (8 * 16 * 128 * dtype.itemsize), 16, 1, dtype, CPU)
+    assert cache.keys[0].dtype == dtype and cache.keys[0].nbytes + cache.values[0].nbytes == 4 << 30
+    cache.keys[0][:, [0, 7, -1]] = 3.0
+    assert cache.keys[0][:, :9].sum() == 3.0 * 2 * 8 * 16 * 128 and not cache.values[0][:, ::4096].any()
+    assert resident() - before < 100e6
+    cache.clear(torch.tensor([7]))
+    assert cache.keys[0][:, :9].sum() == 3.0 * 8 * 16 * 128
+
+
+def test_more_room_than_there_is_is_refused():
+    with pytest.raises(
+        ConfigError, match=r"a cache of [\d,]+ bytes for each layer is more than the system gives \(Cannot"
+    ):
+        PagedCache([KV(8, 128, 128)], 1 << 30, 16, 1, torch.float32, CPU)

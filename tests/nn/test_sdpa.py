@@ -4,6 +4,7 @@ import pytest
 import torch
 import torch.nn.functional as F
 
+from athanor.nn import sdpa
 from athanor.nn.sdpa import attention, decode_attention, mask_of
 
 
@@ -143,3 +144,21 @@ def test_a_row_that_sees_nothing_is_not_nan():
     out = attention(query, key, value, mask=mask_of(torch.zeros(1, 4, 4, dtype=torch.bool), torch.float32))
     out.sum().backward()
     assert out.isfinite().all() and query.grad.isfinite().all()
+
+
+def test_large_masks_are_not_kept_beside_each_other():
+    sdpa.forget_masks()
+    for t in (40, 41, 600, 601, 602):
+        attention(*inputs(1, t, 2, 2, 4), causal=True, softcap=5.0)
+    assert (sdpa._keep.cache_info().currsize, sdpa._keep_large.cache_info().currsize) == (2, 1)
+    attention(*inputs(1, 602, 2, 2, 4), causal=True, softcap=5.0)
+    assert sdpa._keep_large.cache_info().hits == 1  # the other layers of a model
+    sdpa.forget_masks()
+    assert sdpa._keep.cache_info().currsize == sdpa._keep_large.cache_info().currsize == 0
+
+
+@pytest.mark.parametrize("t", [5, 200, 600])
+def test_no_sequences_are_attended_to(t):
+    out = attention(*(x.requires_grad_() for x in inputs(0, t, 2, 2, 4)), causal=True)
+    assert out.shape == (0, t, 2, 4)
+    out.sum().backward()

@@ -3,10 +3,10 @@
 from __future__ import annotations
 
 import torch
-import torch.nn.functional as F
 from torch import Tensor, nn
 
 from athanor.compress import rtn
+from athanor.nn.linear import linear
 from athanor.nn.norms import compute_dtype
 
 # Rows of x up to which torch's kernels for packed weights are faster than making the weights whole (docs/log.md), by bits.
@@ -21,9 +21,9 @@ def _by_rows(x: Tensor, codes: Tensor, scale: Tensor) -> Tensor:
     if kernel and width % 32 == 0 and x.numel() <= _FEW_ROWS[8] * width:
         return torch._weight_int8pack_mm(x.reshape(-1, width).contiguous(), codes, factor).view(*x.shape[:-1], len(codes))
     if x.numel() > width**2 or x.dtype == torch.float16:  # x q^T could leave the range of float16
-        return F.linear(x, rtn.dequantise(codes, scale, x.dtype))
+        return linear(x, rtn.dequantise(codes, scale, x.dtype))
     # Whole numbers up to 128 are exact in every other dtype, so a row's scale may wait for the product while that is smaller.
-    return F.linear(x, codes.to(x.dtype)).mul_(factor)
+    return linear(x, codes.to(x.dtype)).mul_(factor)
 
 
 # PyTorch's compiler does not compile its own product of 8 bits: it is to see one operation.
@@ -88,7 +88,7 @@ class QuantLinear(nn.Module):
         elif self.bits == 4 and self._suits(x):
             y = self._packed(x, self.group)
         else:
-            y = F.linear(x, self.dequantised(x.dtype))
+            y = linear(x, self.dequantised(x.dtype))
         return y if self.bias is None else y + self.bias.to(y.dtype)
 
     def _suits(self, x: Tensor) -> bool:

@@ -129,13 +129,21 @@ def autocast(device: torch.device, precision: TrainPrecision) -> AbstractContext
     raise ConfigError(f"precision is {precision!r} but must be 'fp32', 'bf16', 'bf16-pure' or 'fp16': choose one of them")
 
 
-def _cpu_model() -> str:
+def _cpuinfo(field: str) -> str:
+    """What Linux says of the first core; "" elsewhere."""
     try:
         lines = Path("/proc/cpuinfo").read_text().splitlines()
     except OSError:
         lines = []
-    named = [line.partition(":")[2].strip() for line in lines if line.startswith("model name")]
-    return named[0] if named else platform.processor() or platform.machine()
+    return next((line.partition(":")[2].strip() for line in lines if line.startswith(field)), "")
+
+
+def halves_mkl() -> bool:
+    """Whether MKL computes with half of the CPU's vectors: it takes AVX-512 on Intel's processors alone, AVX2 on all others."""
+    import torch
+
+    wide = torch.backends.cpu.get_cpu_capability() == "AVX512"
+    return wide and torch.backends.mkl.is_available() and _cpuinfo("vendor_id") != "GenuineIntel"
 
 
 def machine() -> dict[str, Any]:
@@ -147,7 +155,7 @@ def machine() -> dict[str, Any]:
 
     cores = len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count()
     return {
-        "cpu": _cpu_model(),
+        "cpu": _cpuinfo("model name") or platform.processor() or platform.machine(),
         "cores": cores,
         "threads": torch.get_num_threads(),
         "kernels": native.state(),

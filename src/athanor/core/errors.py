@@ -58,6 +58,16 @@ class NonFiniteLossError(TrainingError):
     """The loss or its gradient became inf or nan; the weights are those before the update."""
 
 
+class NonFiniteError(AthanorError):
+    """The model made inf or nan of a request: it has no answer. `what` of it, such as its logits after some token."""
+
+    def __init__(self, what: str) -> None:
+        super().__init__(
+            f"the model's {what} are not finite: its weights are damaged or have diverged, or their products leave the range of"
+            " its precision"
+        )
+
+
 class RequestError(AthanorError):
     """A generation request that is out of range. `param` names the offending field (OpenAI's error shape)."""
 

@@ -2,15 +2,16 @@
 
 from __future__ import annotations
 
+import math
 import time
-from collections.abc import Callable, Iterable
+from collections.abc import Callable, Iterable, Iterator
 from dataclasses import replace
 
 import torch
 from torch import Tensor
 
 from athanor.core.device import Precision, free_memory
-from athanor.core.errors import ConfigError, RequestError
+from athanor.core.errors import ConfigError, NonFiniteError, RequestError
 from athanor.infer import constrained
 from athanor.infer.asked import bad_words, check
 from athanor.infer.blocks import Blocks
@@ -45,7 +46,8 @@ class Engine:
         model: shared with whoever trains it; read at every step.
         tokenizer: of the model.
         max_batch: sequences that run at once.
-        max_len: tokens of prompt and answer at most; the model's context by default.
+        max_len: tokens of prompt and answer at most; by default the model's context, or as much of it as fits into a half of the
+            memory that is free.
         precision: of the matrix products.
         cache_tokens: that the cache holds, of all sequences together; by default `max_batch` x `max_len` of them, or as many as
             fit into a half of the memory that is free. Where it is full, requests wait, or run later once more.
@@ -90,7 +92,7 @@ class Engine:
             raise ConfigError(f"step_tokens ({step_tokens}) must be at least 1")
         self.tokenizer = tokenizer
         self.end_ids = frozenset(model.token_ids.eos) or frozenset(() if tokenizer.end_id is None else (tokenizer.end_id,))
-        self._context, self.max_len = context, max_len or context
+        self._context, self.max_len = context, max_len or self._fitting(model, context, precision, cache_tokens)
         self.vocab_size = model.config.vocab_size
         self._start: tuple[int, ...] = ()  # what answers begin with, where the prompt is a source
         if isinstance(model, EncoderDecoder):
@@ -111,14 +113,20 @@ class Engine:
         self._packed = _products(model) if packed and precision == "bf16" else []
         if compile:
             self.runner.compile(self.max_len)
-        self._parameters, self.guesser = tuple(model.parameters()), guesser
+        self._counted, self.guesser = tuple(_lasting(model)), guesser
         if isinstance(guesser, Draft):
             guesser.attach(blocks.count + 1, BLOCK, max_batch, self.vocab_size, self.max_len)
         elif isinstance(guesser, Heads):
             guesser.attach(self.runner, blocks.count + 1)
         self._ids: set[str] = set()
-        self._weights = 0
+        self._weights = -1  # none seen
         self._counts = Stats()
+
+    @staticmethod
+    def _fitting(model: CausalLM | EncoderDecoder, context: int, precision: Precision, tokens: int | None) -> int:
+        """The context, or as much of it as the memory holds where nobody says how much that shall be."""
+        fitting = _room(model, precision) if tokens is None else None
+        return context if fitting is None else max(2, min(context, fitting * BLOCK))
 
     def _count(self, model: CausalLM | EncoderDecoder, max_batch: int, precision: Precision, tokens: int | None) -> int:
         """Blocks of the cache."""
@@ -130,11 +138,8 @@ class Engine:
                     " blocks: raise it, or lower max_len"
                 )
             return tokens // BLOCK
-        dtype = torch.bfloat16 if precision == "bf16" else torch.float32
-        size = BLOCK * PagedCache.bytes_per_token(model.cache_layers(), dtype)
-        free = torch.cuda.mem_get_info(model.device)[0] if model.device.type == "cuda" else free_memory()
-        fitting = free // 2 // size if size and free is not None else least * max_batch
-        return max(least, min(least * max_batch, fitting))
+        fitting = _room(model, precision)
+        return least * max_batch if fitting is None else max(least, min(least * max_batch, fitting))
 
     @property
     def has_work(self) -> bool:
@@ -179,7 +184,11 @@ class Engine:
         self.scheduler.drop(request_id)
 
     def forget(self) -> None:
-        """Forget all that was made of the weights: for whoever changes them in a way that PyTorch does not count (`.data`)."""
+        """Forget all that was made of the weights.
+
+        For whoever changes them in a way that PyTorch does not count: through `.data`, or by its own optimisers with `fused=True`
+        (those of `athanor.optim.build` are counted).
+        """
         self.scheduler.blocks.forget()
         pack(self._packed)
 
@@ -208,7 +217,8 @@ class Engine:
     def generate(self, requests: Iterable[Request], progress: Callable[[int], None] | None = None) -> list[Completion]:
         """Answer all requests; completions come in the order of the requests. `progress` gets how many are finished.
 
-        Raises RequestError when one of them cannot be answered, or while others are being answered; then none is.
+        Raises RequestError when one of them cannot be answered, or while others are being answered, and NonFiniteError when the
+        model makes inf or nan of one; then none is.
         """
         if self.has_work:
             raise RequestError("the engine is busy with other requests, whose text would be lost: take steps until they are done")
@@ -218,9 +228,7 @@ class Engine:
                 self.add(request)
                 order.append(request.id)
         except BaseException:
-            for id in order:
-                self.abort(id)
-            self.step()
+            self._drop(order)
             raise
         done: dict[str, Completion] = {}
         while len(done) < len(order):
@@ -228,13 +236,22 @@ class Engine:
             for chunk in self.step(stream=False):
                 if chunk.completion:
                     done[chunk.request_id] = chunk.completion
+                    if chunk.completion.spoilt:
+                        self._drop(order)
+                        raise NonFiniteError(f"{chunk.completion.error} of request {chunk.request_id!r}")
             if progress and len(done) > before:
                 progress(len(done))
         return [done[id] for id in order]
 
+    def _drop(self, ids: Iterable[str]) -> None:
+        """End requests whose answers nobody wants any more."""
+        for id in ids:
+            self.abort(id)
+        self._retire()
+
     def _see_weights(self) -> None:
         """What was computed with other weights must not be read: PyTorch counts changes of each tensor."""
-        weights = sum(p._version for p in self._parameters)
+        weights = sum(tensor._version for tensor in self._counted)
         if weights != self._weights:
             self._weights = weights
             self.forget()
@@ -266,10 +283,14 @@ class Engine:
         at: list[int] = []  # rows of `hidden` after which a token is chosen
         heads = self.guesser if isinstance(self.guesser, Heads) else None
         states = hidden.split(wanted) if heads is not None else ()  # of all that was computed (`_wanted`)
-        news = [(w.sequence, w.sequence.computed, piece) for w, piece in zip(work, states, strict=False)]
+        fine = ((w, piece) for w, piece in zip(work, states, strict=False) if w.sequence.slot not in self.runner.spoilt)
+        news = [(w.sequence, w.sequence.computed, piece) for w, piece in fine]
         end = 0
         for (s, count), rows in zip(work, wanted, strict=True):
             end += rows
+            if s.slot in self.runner.spoilt:
+                self._spoilt(s, f"hidden states of tokens {s.computed} to {s.computed + count - 1}")
+                continue
             if s.request.params.prompt_logprobs is not None and len(s.prompt_logprobs) < len(s.start):
                 self._tell_prompt(s, hidden[end - rows : end])
             checked = s.computed + count - s.length
@@ -295,6 +316,10 @@ class Engine:
             right = 0
             while right < len(guesses) and tokens[first + right] == guesses[right]:
                 right += 1
+            if math.isnan(sum(logprobs[first : first + right + 1])):
+                self._spoilt(s, f"logits after token {s.length - 1}")
+                first += len(guesses) + 1
+                continue
             self._append(s, logits, first, tokens[first : first + right + 1], logprobs[first : first + right + 1])
             self._counts.guesses += len(guesses)
             self._counts.right_guesses += right
@@ -318,6 +343,12 @@ class Engine:
         if s.draft:
             s.draft = []
         self.scheduler.computed(s, s.length - 1)  # the last one is yet to be read
+
+    def _spoilt(self, s: Sequence, what: str) -> None:
+        """End an answer of which the model made numbers that are not finite; nobody is to read its blocks."""
+        self.runner.clear(s.table[s.chain.blocks :], s.slot or 0)
+        s.finish_reason, s.spoilt, s.draft = "abort", True, []
+        s.error = what
 
     @staticmethod
     def _formed(s: Sequence, form: constrained.Constraint) -> bool:
@@ -370,6 +401,23 @@ class Engine:
             self._ids.discard(s.request.id)
             chunks.append(Chunk(s.request.id, content, reasoning, s.completion(self.tokenizer.think_id), *s.tell()))
         return chunks
+
+
+def _room(model: CausalLM | EncoderDecoder, precision: Precision) -> int | None:
+    """Blocks that half of the free memory holds; None where that is not known, or blocks take none."""
+    size = BLOCK * PagedCache.bytes_per_token(model.cache_layers(), torch.bfloat16 if precision == "bf16" else torch.float32)
+    free = torch.cuda.mem_get_info(model.device)[0] if model.device.type == "cuda" else free_memory()
+    return free // 2 // size if size and free is not None else None
+
+
+def _lasting(model: CausalLM | EncoderDecoder) -> Iterator[Tensor]:
+    """What answers are made of: parameters, and buffers that files hold; others count what passes through.
+
+    PyTorch does not count changes of what was made in inference mode.
+    """
+    lasting = model.state_dict(keep_vars=True)
+    tensors = [*model.parameters(), *(buffer for name, buffer in model.named_buffers() if name in lasting)]
+    return (tensor for tensor in tensors if not tensor.is_inference())
 
 
 def _products(model: CausalLM | EncoderDecoder) -> list[Tensor]:

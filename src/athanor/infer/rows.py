@@ -8,6 +8,7 @@ import torch
 from torch import Tensor
 
 from athanor.core.device import Precision, autocast
+from athanor.core.errors import NonFiniteError
 from athanor.models.base import CausalLM, EncoderDecoder
 from athanor.nn.cache import Decode, KVCache, Prefill
 from athanor.nn.context import Memory, Packed
@@ -21,6 +22,13 @@ def _laid_end_to_end(sequences: Sequence[Sequence[int]], device: torch.device) -
     """ids (1, N) and lengths (S,)."""
     lengths = torch.tensor([len(s) for s in sequences], device=device)
     return torch.tensor([[token for s in sequences for token in s]], device=device), lengths
+
+
+def _finite(logits: Tensor) -> Tensor:
+    """Logits as they are; NonFiniteError where no probabilities come of them. Single tokens may be forbidden by -inf."""
+    if not logits.amax(-1).isfinite().all():
+        raise NonFiniteError("logits")
+    return logits
 
 
 class Rows:
@@ -70,7 +78,7 @@ class Rows:
         if copies:
             source_rows, target_rows = torch.tensor(copies, device=device).unbind(1)
             self.cache.copy_rows(source_rows, target_rows, longest)
-        return logits[torch.tensor(which, device=device)]
+        return _finite(logits)[torch.tensor(which, device=device)]
 
     @torch.inference_mode()
     def decode(self, tokens: Sequence[int], lengths: Sequence[int]) -> Tensor:
@@ -81,7 +89,7 @@ class Rows:
         ctx = Decode(self.cache, torch.tensor([*lengths, *[0] * idle], device=device))
         with autocast(device, self.precision):
             hidden = self.model.hidden(torch.tensor([*tokens, *[0] * idle], device=device).unsqueeze(1), ctx)
-            return self.model.logits(hidden[:, 0])[:rows].float()
+            return _finite(self.model.logits(hidden[:, 0])[:rows].float())
 
     @torch.inference_mode()
     def move(self, moves: Sequence[tuple[int, int]], positions: int) -> None:

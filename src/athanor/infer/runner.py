@@ -42,10 +42,11 @@ class Part(NamedTuple):
     source: Sequence[int] | None = None
 
 
-def _steady(model: CausalLM | EncoderDecoder, dtype: torch.dtype) -> bool:
+def _steady(model: CausalLM | EncoderDecoder, precision: Precision) -> bool:
     """Whether what experts make of a token does not depend on the tokens beside it, to the last bit."""
-    mixtures = (m for m in model.modules() if isinstance(m, MixtureOfExperts))
-    return all(m.capacity is None and m.experts.steady(dtype) for m in mixtures)
+    mixtures = [m for m in model.modules() if isinstance(m, MixtureOfExperts)]
+    dtypes = [torch.bfloat16 if precision == "bf16" else m.experts.down.weight.dtype for m in mixtures]
+    return all(m.capacity is None and m.experts.steady(dtype) for m, dtype in zip(mixtures, dtypes, strict=True))
 
 
 class Runner:
@@ -73,13 +74,14 @@ class Runner:
         deterministic: bool = False,
     ) -> None:
         dtype = torch.bfloat16 if precision == "bf16" else torch.float32
-        if deterministic and (why := refusal(model)) and not (why == EXPERTS and _steady(model, dtype)):
+        if deterministic and (why := refusal(model)) and not (why == EXPERTS and _steady(model, precision)):
             raise ConfigError(
                 f"a {model.model_type} {why}, so that what is computed beside may change its last bits: leave `deterministic` out"
             )
         self.model, self.precision, self.deterministic = model, precision, deterministic
         self.cache = PagedCache(model.cache_layers(), blocks, size, slots + 1, dtype, model.device)
         self._idle_slot = slots
+        self.spoilt: set[int] = set()  # slots of the last run's parts of which something is not finite
         self.compiled: Compiled | None = None
         self.sources = None
         if isinstance(model, EncoderDecoder):
@@ -98,6 +100,7 @@ class Runner:
     @torch.inference_mode()
     def run(self, parts: Sequence[Part]) -> Tensor:
         """Hidden states (sum of `wanted`, D): single tokens in one pass, parts of prompts in another; equal prompts once."""
+        self.spoilt.clear()
         first: dict[Hashable, int] = {}
         same = [i if part.start else first.setdefault(_identity(part), i) for i, part in enumerate(parts)]
         found: list[Tensor] = []
@@ -112,9 +115,23 @@ class Runner:
         copies = [(parts[a], parts[i]) for i, a in enumerate(same) if a != i]
         if copies:
             self._copy(copies)
+            self.spoilt |= {to.slot for part, to in copies if part.slot in self.spoilt}
         hidden = found[0] if len(found) == 1 else torch.cat(found)
         order = [*chain.from_iterable(places[a] for a in same)]
         return hidden if order == [*range(rows)] else hidden[torch.tensor(order, device=hidden.device, dtype=torch.int64)]
+
+    @torch.inference_mode()
+    def clear(self, blocks: Sequence[int], slot: int) -> None:
+        """Leave nothing of a sequence that is not finite: what it is multiplied with, if only by 0, is not either."""
+        self.cache.clear(torch.tensor(blocks, device=self.model.device, dtype=torch.int64))
+        if self.sources is not None:
+            self.sources.clear(slot)
+
+    def _see(self, hidden: Tensor, parts: Sequence[Part]) -> None:
+        """Which parts are spoilt. One sum tells that there is none."""
+        if not torch.isfinite(hidden.sum(dtype=torch.float32)):
+            rows = hidden.isfinite().all(-1).split([len(part.tokens) for part in parts])
+            self.spoilt |= {part.slot for part, fine in zip(parts, rows, strict=True) if not fine.all()}
 
     def _copy(self, pairs: Sequence[tuple[Part, Part]]) -> None:
         """Give the second of each pair what the first has in the cache."""
@@ -172,6 +189,7 @@ class Runner:
                 sizes = torch.tensor(lengths, device=device)
                 ctx = Paged(self.cache, tables, starts, sizes, slots, self.sources, self.deterministic)
                 hidden = self.model.hidden(ids, ctx)[0]
+        self._see(hidden, parts)
         ends = accumulate(lengths)
         wanted = [i for part, end in zip(parts, ends, strict=True) for i in range(end - part.wanted, end)]
         if len(wanted) == len(hidden):

@@ -34,6 +34,7 @@ class Sequence:
     form      that the answer must have
     allowed   (V,) bool: tokens that it allows next
     error     why it cannot go on
+    spoilt    whether that is since what `error` names is not finite
     drafted   how many of its tokens are in the cache of a draft model
     seen      where runs of its first `n_seen` tokens ended last
     """
@@ -60,6 +61,7 @@ class Sequence:
     form: Constraint | None = None
     allowed: Tensor | None = None
     error: str | None = None
+    spoilt: bool = False
     drafted: int = 0
     seen: dict[tuple[int, ...], int] = field(default_factory=dict)
     n_seen: int = 1
@@ -156,5 +158,6 @@ class Sequence:
             prompt_logprobs=None if params.prompt_logprobs is None else tuple(self.prompt_logprobs),
             cached=self.cached,
             error=self.error,
+            spoilt=self.spoilt,
             timing=Timing(self.added, started, now if self.first is None else self.first, now),
         )

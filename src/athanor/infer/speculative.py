@@ -123,6 +123,9 @@ class Draft:
                 s.drafted = len(tokens)
             rows = [Row(s.request.params, prompt=s.request.prompt_ids, ids=[*s.ids, *s.draft]) for s, _ in going]
             tokens_, _ = sample(self._runner.logits(self._runner.run(parts)), rows)
+            for s, _ in going:
+                if s.slot in self._runner.spoilt:  # its guesses will be wrong, those of whoever gets its blocks need not be
+                    self._runner.clear(s.table, s.slot or 0)
             for (s, _), token in zip(going, tokens_.tolist(), strict=True):
                 s.draft.append(token)
             going = [(s, n) for s, n in going if len(s.draft) < n]

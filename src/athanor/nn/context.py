@@ -166,6 +166,13 @@ class _Ungather(torch.autograd.Function):
         return grad.index_copy_(0, inverse, grads[0]), None
 
 
+def _within(starts: Tensor, lengths: Tensor, step: Tensor) -> Tensor:
+    """(S, steps): which token stands at each step of S sequences laid end to end. After its end a sequence's last token stands:
+    one of another sequence would be multiplied by probability 0, and carry over what is not finite."""
+    own = starts[:, None] + torch.minimum(step, (lengths - 1)[:, None])
+    return torch.where(lengths[:, None] > 0, own, 0)
+
+
 class Packed:
     """S sequences of any lengths laid end to end as (1, N): no token sees another sequence (law L3).
 
@@ -213,7 +220,7 @@ class Packed:
             longest = -(-sizes[order[last - 1]] // self._LONG) * self._LONG
             step = torch.arange(longest, device=device)
             inside = step < lengths[members, None]  # (members, longest)
-            where = torch.where(inside, starts[members, None] + step, 0)
+            where = _within(starts[members], lengths[members], step)
             slots = row + torch.arange(where.numel(), device=device).view_as(where)
             inverse[where[inside]] = slots[inside]
             count = last - first if last - first < self._MANY else -(-(last - first) // self._MANY) * self._MANY
@@ -307,7 +314,7 @@ def to_rows(x: Tensor, lengths: Tensor) -> Tensor:
     step = torch.arange(longest, device=x.device)
     inside = step < lengths[:, None]
     starts = torch.cumsum(lengths, 0) - lengths
-    index = torch.where(inside, starts[:, None] + step, 0).flatten()
+    index = _within(starts, lengths, step).flatten()
     rows: Tensor = _Gather.apply(x, index, inside.flatten().nonzero().squeeze(1))
     return rows.view(len(lengths), longest, *x.shape[1:])
 

@@ -14,6 +14,7 @@ import torch
 from torch import Tensor, nn
 
 from athanor.core.errors import ConfigError, DataError
+from athanor.nn.derivatives import first_only
 
 
 class Allowed(NamedTuple):
@@ -79,7 +80,7 @@ class _LogPartition(torch.autograd.Function):
         return _sum(alpha + end, 1) + total
 
     @staticmethod
-    @torch.autograd.function.once_differentiable
+    @first_only
     def backward(ctx: Any, *grads: Tensor) -> tuple[Tensor | None, ...]:
         emissions, inside, transitions, end, alphas = ctx.saved_tensors
         upstream = grads[0][:, None]

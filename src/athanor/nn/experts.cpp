@@ -63,9 +63,9 @@ struct Fp32 {
   }
 };
 
-// e^x to about two units in the last place (Cephes' polynomial); for x below -87 what it is for -87.
+// e^x to about two units in the last place (Cephes' polynomial); for x below -87 what it is for -87, infinite above 89.
 __m512 exponential(__m512 x) {
-  x = _mm512_min_ps(_mm512_max_ps(x, _mm512_set1_ps(-87.0f)), _mm512_set1_ps(88.0f));
+  x = _mm512_min_ps(_mm512_max_ps(x, _mm512_set1_ps(-87.0f)), _mm512_set1_ps(128.0f));
   const __m512 n = _mm512_roundscale_ps(_mm512_mul_ps(x, _mm512_set1_ps(1.44269504f)), 0);
   __m512 r = _mm512_fnmadd_ps(n, _mm512_set1_ps(0.693359375f), x);  // ln 2 in two parts
   r = _mm512_fnmadd_ps(n, _mm512_set1_ps(-2.12194440e-4f), r);

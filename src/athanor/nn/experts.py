@@ -14,6 +14,7 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 
 from athanor.nn import native
+from athanor.nn.derivatives import first_only
 from athanor.nn.feedforward import between, between_slope
 from athanor.nn.linear import multiply, narrowed, pays
 from athanor.nn.norms import compute_dtype
@@ -179,6 +180,7 @@ class _Mixture(torch.autograd.Function):
         return made.out
 
     @staticmethod
+    @first_only
     def backward(ctx: Any, *grads: Tensor) -> tuple[Tensor | None, ...]:
         rows, y, up, down, weights, slot, token, ends, *kept = ctx.saved_tensors
         if len(kept) == 1:
@@ -189,7 +191,7 @@ class _Mixture(torch.autograd.Function):
         need_x, need_up, need_down, _, need_weights = ctx.needs_input_grad[:5]
         d_y = grads[0].to(y.dtype).index_select(0, token)
         d_weights = (d_y * y).sum(-1)[slot] if need_weights else None
-        # Rows that fill slices up have weight 0: they stay out of every gradient.
+        # Rows that fill slices up have weight 0: they stay out of every gradient, as long as token 0 is finite.
         factors = weights.new_zeros(len(token)).scatter_(0, slot.flatten(), weights.flatten())
         d_y.mul_(factors.unsqueeze(1))
         d_x = d_up = d_down = None

@@ -10,7 +10,8 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
-from athanor.nn.linear import Linear, multiply, owns, product
+from athanor.nn.derivatives import first_only
+from athanor.nn.linear import Linear, multiply, outer, owns, unviewed
 from athanor.nn.norms import compute_dtype
 
 _aten = torch.ops.aten
@@ -65,10 +66,10 @@ class _Second(torch.autograd.Function):
         ctx.save_for_backward(inner, weight)
         ctx.activation, ctx.bias = activation, None if bias is None else bias.dtype
         taken = between(inner, weight.shape[1], activation)[1]
-        return product(taken, weight.to(inner.dtype), None if bias is None else bias.to(inner.dtype))
+        return unviewed(taken, weight.to(inner.dtype), None if bias is None else bias.to(inner.dtype))
 
     @staticmethod
-    @torch.autograd.function.once_differentiable
+    @first_only
     def backward(ctx: Any, *grads: Tensor) -> tuple[Tensor | None, ...]:
         inner, weight = ctx.saved_tensors
         need_inner, need_weight, need_bias = ctx.needs_input_grad[:3]
@@ -76,7 +77,7 @@ class _Second(torch.autograd.Function):
         active, taken = between(rows, weight.shape[1], ctx.activation)
         d_inner = d_weight = None
         if need_weight:
-            d_weight = torch.mm(d_out.t(), taken).to(weight.dtype)
+            d_weight = outer(d_out, taken).to(weight.dtype)
         del taken
         if need_inner:
             d_taken = multiply(d_out, weight.to(d_out.dtype).t())

@@ -2,7 +2,9 @@
 
 PyTorch multiplies float32 by MKL and bfloat16 by oneDNN. oneDNN is the faster one for float32 too (docs/benchmarks.md), but it
 prepares code for each number of rows, for as long as a small product takes. So it is asked only where rows are a multiple of
-64: fixed shapes, as those of training and of whole batches, come again, and ragged ones are rarely such a multiple.
+64: fixed shapes, as those of training and of whole batches, come again, and ragged ones are rarely such a multiple. Where MKL
+leaves half of the processor's vectors unused, oneDNN is twice as fast at any number of rows: there rows of zeros are added, up to
+one of the few numbers for which it shall have code.
 
 Under autocast PyTorch keeps a copy of every weight in the dtype of the products until the backward pass is over. Here it is made
 once more there: that is one pass over the weight, beside a product that reads it for every row.
@@ -20,9 +22,12 @@ from torch import Tensor, nn
 from torch.utils._python_dispatch import is_traceable_wrapper_subclass
 from torch.utils.weak import WeakTensorKeyDictionary
 
-from athanor.nn.norms import Remake, compute_dtype, remake_of
+from athanor.core.device import halves_mkl
+from athanor.nn.derivatives import first_only
+from athanor.nn.norms import Remake, compute_dtype, remake_of, version
 
 _ROWS = 64
+_WORK = 1 << 19  # multiplications that a product must have: to ask oneDNN takes ten microseconds
 
 
 def _find() -> Any:
@@ -36,6 +41,7 @@ def _find() -> Any:
 
 
 _POINTWISE = _find()
+_HALVED = halves_mkl()
 
 
 def pays(x: Tensor, dtype: torch.dtype) -> bool:
@@ -50,20 +56,29 @@ def pays(x: Tensor, dtype: torch.dtype) -> bool:
     )
 
 
-def _pays(x: Tensor, weight: Tensor, rows: int = _ROWS) -> bool:
-    return (
-        x.dtype == weight.dtype
-        and pays(x, x.dtype)
-        and x.shape[-1] > 0
-        and x.numel() // x.shape[-1] % rows == 0
-        and x.numel() > 0
-        and type(weight) in (Tensor, nn.Parameter)  # not of a kind that knows its own product
-    )
+def _level(n: int) -> int:
+    """n, filled up to one of the numbers of rows that code is made for: all up to 16, then at most an eighth more than n."""
+    step = 1 if n <= 16 else max(16, 1 << (n.bit_length() - 4))
+    return -(-n // step) * step
 
 
-def _multiply(x: Tensor, weight: Tensor, bias: Tensor | None) -> Tensor:
-    out: Tensor = _POINTWISE(x, weight, bias, "none", [], "")
-    return out
+def _rows(x: Tensor, weight: Tensor, rows: int = _ROWS) -> int:
+    """How many rows oneDNN is to be given, those of x or a few more; 0 where it is not to be asked."""
+    if x.dtype != weight.dtype or not pays(x, x.dtype) or x.numel() * weight.shape[0] < _WORK:
+        return 0
+    if type(weight) not in (Tensor, nn.Parameter):  # of a kind that knows its own product
+        return 0
+    n = x.numel() // x.shape[-1]
+    return n if n % rows == 0 else _level(n) if _HALVED else 0
+
+
+def _multiply(x: Tensor, weight: Tensor, bias: Tensor | None, rows: int = 0) -> Tensor:
+    """The product of oneDNN, given at least so many rows."""
+    flat = x.reshape(-1, x.shape[-1])
+    if len(flat) < rows:
+        flat = F.pad(flat, (0, 0, 0, rows - len(flat)))
+    out: Tensor = _POINTWISE(flat, weight, bias, "none", [], "")
+    return out.resize_(*x.shape[:-1], weight.shape[0])
 
 
 def multiply(x: Tensor, weight: Tensor, rows: int = _ROWS) -> Tensor:
@@ -71,7 +86,16 @@ def multiply(x: Tensor, weight: Tensor, rows: int = _ROWS) -> Tensor:
 
     `rows`: how coarse N is in what the caller asks, so that few of them ever come.
     """
-    return _multiply(x, weight, None) if _pays(x, weight, rows) else torch.mm(x, weight.t())
+    given = _rows(x, weight, rows)
+    return _multiply(x, weight, None, given) if given else torch.mm(x, weight.t())
+
+
+def outer(left: Tensor, right: Tensor) -> Tensor:
+    """left^T right without a gradient: (N, A), (N, B) -> (A, B)."""
+    fits = left.dtype == right.dtype and pays(left, left.dtype)
+    if _HALVED and fits and len(left) % _ROWS == 0 and left.numel() * right.shape[1] >= _WORK:
+        return _multiply(left.t(), right.t(), None)
+    return torch.mm(left.t(), right)
 
 
 class _Packed(NamedTuple):
@@ -101,12 +125,12 @@ def pack(weights: Iterable[Tensor]) -> None:
         half = weight.detach().to(torch.bfloat16).contiguous()
         if weight.dim() == 2:
             half = torch.ops.mkldnn._reorder_linear_weight(half, None)
-        _PACKED[weight] = _Packed(half, weight._version)
+        _PACKED[weight] = _Packed(half, version(weight))
 
 
 def _ready(weight: Tensor) -> Tensor | None:
     found: _Packed | None = _PACKED.get(weight) if _PACKED else None
-    return None if found is None or found.version != weight._version else found.weight
+    return None if found is None or found.version != version(weight) else found.weight
 
 
 def narrowed(weight: Tensor, dtype: torch.dtype) -> Tensor:
@@ -121,37 +145,50 @@ def _packed(x: Tensor, weight: Tensor) -> Tensor | None:
     return _ready(weight) if 0 < x.numel() <= _FEW * x.shape[-1] else None
 
 
-# A product of few rows as one operation, for compilers: into what is packed they cannot look.
+# A product as one operation, for compilers: into what is packed they cannot look, nor do they ask oneDNN.
 _LIBRARY = torch.library.Library("athanor", "FRAGMENT")
-_LIBRARY.define("few(Tensor x, Tensor weight, Tensor? bias) -> Tensor")
+_LIBRARY.define("product(Tensor x, Tensor weight, Tensor? bias) -> Tensor")
 
 
-def _few(x: Tensor, weight: Tensor, bias: Tensor | None) -> Tensor:
+def _own(x: Tensor, weight: Tensor, bias: Tensor | None) -> Tensor:
+    """The product in the dtype of x."""
     bias = None if bias is None else bias.to(x.dtype)
     ready = _packed(x, weight)
-    return F.linear(x, weight.to(x.dtype), bias) if ready is None else _multiply(x.contiguous(), ready, bias)
+    if ready is not None:
+        return _multiply(x.contiguous(), ready, bias)
+    weight = weight.to(x.dtype)
+    rows = _rows(x, weight)
+    return _multiply(x.contiguous(), weight, bias, rows) if rows else F.linear(x, weight, bias)
 
 
-_LIBRARY.impl("few", _few, "CPU")
-_LIBRARY.impl("few", lambda x, weight, bias: x.new_empty((*x.shape[:-1], weight.shape[0])), "Meta")
+_LIBRARY.impl("product", _own, "CPU")
+_LIBRARY.impl("product", lambda x, weight, bias: x.new_empty((*x.shape[:-1], weight.shape[0])), "Meta")
 
 
 def _opaque(x: Tensor) -> bool:
-    """Whether a compiler is to see a product as one operation, since it may read what is packed."""
-    if _POINTWISE is None or not torch.compiler.is_compiling() or torch.is_grad_enabled():
+    """Whether a compiler is to see a product as one operation."""
+    if _POINTWISE is None or not torch.compiler.is_compiling() or torch.is_grad_enabled() or x.device.type != "cpu":
         return False
-    return x.device.type == "cpu" and compute_dtype(x) == torch.bfloat16
+    dtype = compute_dtype(x)
+    return dtype == torch.bfloat16 or (dtype == torch.float32 and _HALVED)
 
 
 def product(x: Tensor, weight: Tensor, bias: Tensor | None) -> Tensor:
     """What `linear` computes, without a gradient of its own: (..., I), (O, I), (O,) -> (..., O)."""
     if _opaque(x):
-        out: Tensor = torch.ops.athanor.few(x.to(torch.bfloat16), weight, bias)
+        out: Tensor = torch.ops.athanor.product(x.to(compute_dtype(x)), weight, bias)
         return out
     ready = _packed(x, weight)
     if ready is not None:
         return _multiply(x.to(torch.bfloat16).contiguous(), ready, None if bias is None else bias.to(torch.bfloat16))
-    return _multiply(x.contiguous(), weight, bias) if _pays(x, weight) else F.linear(x, weight, bias)
+    rows = _rows(x, weight)
+    return _multiply(x.contiguous(), weight, bias, rows) if rows else F.linear(x, weight, bias)
+
+
+def unviewed(x: Tensor, weight: Tensor, bias: Tensor | None) -> Tensor:
+    """`product` without a gradient, and no view of something: a Function's output that is one can't be changed in place."""
+    flat = product(x.reshape(-1, x.shape[-1]), weight, bias)
+    return flat.resize_(*x.shape[:-1], weight.shape[0])
 
 
 class _Product(torch.autograd.Function):
@@ -163,10 +200,10 @@ class _Product(torch.autograd.Function):
         ctx.make = None if remake is None else remake.make
         of = (x,) if remake is None else remake.of
         ctx.save_for_backward(weight if need_x else None, *(of if need_weight else ()))
-        return product(x, weight.to(dtype), None if bias is None else bias.to(dtype))
+        return unviewed(x, weight.to(dtype), None if bias is None else bias.to(dtype))
 
     @staticmethod
-    @torch.autograd.function.once_differentiable
+    @first_only
     def backward(ctx: Any, *grads: Tensor) -> tuple[Tensor | None, ...]:
         weight, *of = ctx.saved_tensors
         rows = grads[0].reshape(-1, grads[0].shape[-1])
@@ -175,7 +212,7 @@ class _Product(torch.autograd.Function):
             d_x = multiply(rows, weight.to(rows.dtype).t()).view(ctx.shape).to(ctx.dtypes[0])
         if ctx.needs_input_grad[1]:
             x = (of[0] if ctx.make is None else ctx.make(*of)).to(rows.dtype)
-            d_weight = torch.mm(rows.t(), x.reshape(-1, x.shape[-1])).to(ctx.dtypes[1])
+            d_weight = outer(rows, x.reshape(-1, x.shape[-1])).to(ctx.dtypes[1])
         if ctx.needs_input_grad[2]:
             d_bias = rows.sum(0, dtype=ctx.dtypes[2])
         return d_x, d_weight, d_bias, None, None
@@ -197,7 +234,7 @@ def linear(x: Tensor, weight: Tensor, bias: Tensor | None = None) -> Tensor:
     if not torch.is_grad_enabled():
         return product(x, weight, bias)
     remake = remake_of(x) if weight.requires_grad and owns(weight) else None
-    if remake is None and not _pays(x, weight) and not _casts(x, weight):
+    if remake is None and not _rows(x, weight) and not _casts(x, weight):
         return product(x, weight, bias)
     out: Tensor = _Product.apply(x, weight, bias, compute_dtype(x), remake)
     return out

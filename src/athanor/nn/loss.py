@@ -8,7 +8,8 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
-from athanor.nn.linear import multiply
+from athanor.nn.derivatives import first_only
+from athanor.nn.linear import multiply, outer
 from athanor.nn.norms import compute_dtype
 
 _CHUNK_ELEMENTS = 1 << 22  # logits in flight: 16 MiB of float32, small enough to stay near the cache
@@ -121,7 +122,7 @@ class _LinearCrossEntropy(torch.autograd.Function):
                 if d_hidden is not None and grad is not None:
                     d_hidden[at] = multiply(grad, out.weight.t())[: len(y)]
             if d_weight is not None:
-                d_weight += torch.mm(grads.t(), span)
+                d_weight += outer(grads, span)
             del grads, grad  # before there are new ones
         ctx.save_for_backward(d_hidden, d_weight, d_bias)
         ctx.dtypes = weight.dtype, None if bias is None else bias.dtype
@@ -129,6 +130,7 @@ class _LinearCrossEntropy(torch.autograd.Function):
         return total.float(), correct
 
     @staticmethod
+    @first_only
     def backward(ctx: Any, *grads: Tensor) -> tuple[Tensor | None, ...]:
         # In place unless the graph is kept for another time: of a large vocabulary this is the largest gradient there is.
         kept = torch._C._autograd._get_current_graph_task_keep_graph()
@@ -199,13 +201,14 @@ class _TokenLogProbs(torch.autograd.Function):
             norms[at] = norm.squeeze(1)
             logprobs[at] = (logits.gather(1, y) - norm).squeeze(1)
             logits.sub_(norm)
-            entropy[at] = -(logits.exp() * logits).sum(1)
+            entropy[at] = torch.special.entr(logits.exp_()).sum(1)
         ctx.save_for_backward(hidden, weight, targets, scale, bias, norms)
         ctx.dtype, ctx.softcap = dtype, softcap
         ctx.mark_non_differentiable(entropy)
         return logprobs, entropy
 
     @staticmethod
+    @first_only
     def backward(ctx: Any, *grads: Tensor) -> tuple[Tensor | None, ...]:
         hidden, weight, targets, scale, bias, norms = ctx.saved_tensors
         dtype, upstream = ctx.dtype, grads[0]
@@ -228,7 +231,7 @@ class _TokenLogProbs(torch.autograd.Function):
                 d_bias += grad32.sum(0)
             grad = _level(grad32.to(dtype))
             d_hidden[at] = multiply(grad, out.weight.t())[: len(y)]
-            d_weight += torch.mm(grad.t(), h)
+            d_weight += outer(grad, h)
         d_bias = None if d_bias is None else d_bias.to(bias.dtype)
         return d_hidden, d_weight.to(weight.dtype), None, None, d_bias, None, None
 

@@ -120,7 +120,7 @@ def load_balance_loss(probabilities: Sequence[Tensor], experts: Sequence[Tensor]
         experts: of each layer (N, k).
     """
     n_experts = probabilities[0].shape[1]
-    tokens = sum(p.shape[0] for p in probabilities)
+    tokens = max(1, sum(p.shape[0] for p in probabilities))
     chosen = torch.stack([torch.bincount(e.flatten(), minlength=n_experts) for e in experts]).sum(0)
     mean = torch.stack([p.sum(0) for p in probabilities]).sum(0) / tokens
     return n_experts * (chosen / tokens * mean).sum()
@@ -132,7 +132,8 @@ def router_z_loss(logits: Sequence[Tensor]) -> Tensor:
     Args:
         logits: of each layer (N, E).
     """
-    return torch.cat([x.logsumexp(-1) for x in logits]).square().mean()
+    squares = torch.cat([x.logsumexp(-1) for x in logits]).square()
+    return squares.sum() / max(1, len(squares))
 
 
 def mixtures(model: nn.Module) -> list[MixtureOfExperts]:

@@ -79,7 +79,13 @@ def _shaped(rows: Tensor, ends: Tensor, up: Tensor, down: Tensor, relu: bool, ke
 
 def _experts(rows: Tensor, ends: Tensor, up: Tensor, down: Tensor, relu: bool, keep: bool) -> tuple[Tensor, Tensor]:
     n_experts, width, hidden = down.shape
-    rows, up, down = rows.contiguous(), up.contiguous(), down.contiguous()
+    agree = rows.shape[1] == up.shape[2] == width and len(up) == n_experts and up.shape[1] in (hidden, 2 * hidden)
+    if not agree or ends.shape != (n_experts,) or ends.dtype != torch.int32:
+        raise ValueError(
+            f"rows {tuple(rows.shape)}, ends {tuple(ends.shape)} {ends.dtype}, up {tuple(up.shape)} and down {tuple(down.shape)}"
+            " do not go together: they must be (S, D), (E,) int32, (E, F or 2F, D) and (E, D, F)"
+        )
+    rows, ends, up, down = rows.contiguous(), ends.contiguous(), up.contiguous(), down.contiguous()
     inner, y = _shaped(rows, ends, up, down, relu, keep)
     tiles = len(rows) // _TILE + n_experts
     room = rows.new_empty(tiles * _TILE * width), rows.new_empty(tiles * _TILE * hidden)

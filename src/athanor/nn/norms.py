@@ -9,23 +9,35 @@ from typing import Any, NamedTuple
 import torch
 from torch import Tensor, nn
 
+from athanor.nn.derivatives import first_only
+
 
 class Remake(NamedTuple):
-    """How a tensor is made once more, bit for bit, of others that a backward pass holds anyway: it need not be kept itself."""
+    """How a tensor is made once more, bit for bit, of others that a backward pass holds anyway: it need not be kept itself.
+
+    versions  of the tensor and of what it is made of, when it was made: after a change in place it would be made otherwise
+    """
 
     of: tuple[Tensor, ...]
     make: Callable[..., Tensor]
+    versions: tuple[int, ...]
+
+
+def version(x: Tensor) -> int:
+    """How often a tensor was changed in place, as PyTorch counts it; 0 for those of inference mode, where it does not."""
+    return 0 if x.is_inference() else x._version
 
 
 def remake_of(x: Tensor) -> Remake | None:
-    """How x is made once more, where whoever made it left word."""
-    return getattr(x, "_remake", None)
+    """How x is made once more, where whoever made it left word and nothing has changed since."""
+    found: Remake | None = getattr(x, "_remake", None)
+    return found if found is None or found.versions == tuple(map(version, (x, *found.of))) else None
 
 
 def compute_dtype(x: Tensor) -> torch.dtype:
-    """The dtype in which a matrix product with x would run: autocast's where autocast is on, else x's own."""
+    """The dtype in which a matrix product with x would run: autocast's where autocast is on, else x's own; float64 stays."""
     kind = x.device.type
-    return torch.get_autocast_dtype(kind) if torch.is_autocast_enabled(kind) else x.dtype
+    return torch.get_autocast_dtype(kind) if torch.is_autocast_enabled(kind) and x.dtype != torch.float64 else x.dtype
 
 
 def _normalised(x: Tensor, weight: Tensor, eps: float, dtype: torch.dtype, offset: float) -> tuple[Tensor, Tensor, Tensor]:
@@ -51,12 +63,14 @@ class _RMSNorm(torch.autograd.Function):
         return y
 
     @staticmethod
+    @first_only
     def backward(ctx: Any, *grads: Tensor) -> tuple[Tensor | None, ...]:
         x, weight, rstd = ctx.saved_tensors
         dy = grads[0].float()
         normed = x.float() * rstd
         weighted = dy * normed
-        d_weight = weighted.sum(dim=tuple(range(x.dim() - weight.dim())))
+        rows = tuple(range(x.dim() - weight.dim()))
+        d_weight = weighted.sum(rows) if rows else weighted.clone()
         mean = weighted.mul_(weight).mean(dim=-1, keepdim=True)
         dx = (dy * weight).addcmul_(normed, mean, value=-1).mul_(rstd)
         return dx.to(x.dtype), d_weight.to(ctx.kind), None, None, None
@@ -90,7 +104,8 @@ def rms_norm(x: Tensor, weight: Tensor, eps: float, offset: float = 0.0) -> Tens
     dtype = compute_dtype(x)
     y: Tensor = _RMSNorm.apply(x, weight, eps, dtype, offset)
     if not torch.compiler.is_compiling():
-        y._remake = Remake((x, weight), partial(_renormalised, eps, dtype, offset))  # type: ignore[attr-defined]  # our own, see `remake_of`
+        of = x, weight
+        y._remake = Remake(of, partial(_renormalised, eps, dtype, offset), tuple(map(version, (y, *of))))  # type: ignore[attr-defined]  # our own, see `remake_of`
     return y
 
 

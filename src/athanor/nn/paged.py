@@ -10,6 +10,8 @@ value width, W width of a recurrent state.
 
 from __future__ import annotations
 
+import math
+import mmap
 from collections.abc import Iterator, Sequence
 from typing import NamedTuple
 
@@ -17,10 +19,27 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
+from athanor.core.errors import ConfigError
 from athanor.nn.cache import KV, Layer, State, Store
 from athanor.nn.context import Cell, Memory, Packed, Project, from_rows, to_rows
 from athanor.nn.rectangle import Rectangle
 from athanor.nn.sdpa import PLAIN, Scoring, attend_rows, decode_attention, mask_of
+
+
+def _zeros(shape: tuple[int, ...], dtype: torch.dtype, device: torch.device) -> Tensor:
+    """`torch.zeros`, which on CPUs takes memory for what is written alone: pages that the system fills with zeros when they are
+    first touched. A cache has room for the longest sequences, and most are short."""
+    size = math.prod(shape) * dtype.itemsize
+    if device.type != "cpu" or not size or not hasattr(mmap, "MAP_PRIVATE"):
+        return torch.zeros(shape, dtype=dtype, device=device)
+    try:
+        pages = mmap.mmap(-1, size, flags=mmap.MAP_PRIVATE | mmap.MAP_ANONYMOUS)
+    except OSError as error:
+        raise ConfigError(
+            f"a cache of {size:,} bytes for each layer is more than the system gives ({error.strerror}): lower max_len or"
+            " cache_tokens"
+        ) from error
+    return torch.frombuffer(pages, dtype=dtype).view(shape)
 
 
 class PagedCache:
@@ -45,7 +64,7 @@ class PagedCache:
             if not isinstance(layer, KV) or not getattr(layer, width):
                 return None
             # Zeros: what stands after a sequence's end is multiplied by probability 0, which must not meet a stray nan.
-            return torch.zeros((layer.n_kv_heads, blocks, size, getattr(layer, width)), dtype=dtype, device=device)
+            return _zeros((layer.n_kv_heads, blocks, size, getattr(layer, width)), dtype, device)
 
         self.size, self.dtype = size, dtype
         self.keys = [pool(layer, "key_dim") for layer in layers]
@@ -62,6 +81,12 @@ class PagedCache:
         for state in self.states:
             if state is not None:
                 state[to_slots] = state[slots]
+
+    def clear(self, blocks: Tensor) -> None:
+        """Make blocks as they were at the beginning: of what is not finite nothing may be left for whoever gets them next."""
+        for pool in (*self.keys, *self.values):
+            if pool is not None:
+                pool[:, blocks] = 0
 
     @staticmethod
     def bytes_per_token(layers: Sequence[Layer], dtype: torch.dtype) -> int:
@@ -91,6 +116,12 @@ class Sources:
         self.store.reserve(len(self.lengths), int(memory.lengths.max()))
         at = torch.cat([torch.arange(n, device=slots.device) for n in memory.lengths.tolist()])
         self.pending = memory, torch.repeat_interleave(slots, memory.lengths), at
+
+    def clear(self, slot: int) -> None:
+        """See `PagedCache.clear`."""
+        for x in (*self.store.keys, *self.store.values):
+            if x is not None:
+                x[slot] = 0
 
     def copy(self, slots: Tensor, to_slots: Tensor) -> None:
         """Make other slots hold the same."""
@@ -301,7 +332,7 @@ class Paged:
         states = self._cache.states[layer]
         assert states is not None and self._slots is not None
         # A slot is as its last sequence left it: what starts at 0 starts from zeros.
-        state = states[self._slots] * (self._starts > 0)[:, None]
+        state = torch.where((self._starts > 0)[:, None], states[self._slots], 0.0)
         out, state = cell(to_rows(x[0], self._lengths), self._lengths, state.to(x.dtype))
         states[self._slots] = state.to(states.dtype)
         return from_rows(out, self._lengths).unsqueeze(0)

@@ -87,9 +87,11 @@ class SoftmaxRouter(Router):
         self.normalise, self.exact, self.jitter = normalise, exact, jitter
 
     def forward(self, x: Tensor) -> Routing:
-        if self.jitter and self.training:
-            x = x * torch.empty_like(x).uniform_(1 - self.jitter, 1 + self.jitter)
-        logits = self._logits(x, self.exact)
+        read = x
+        if self.jitter and self.training:  # in float32: between 0.99 and 1 there are two numbers of bfloat16, and none up to 1.01
+            read = x.float() * torch.empty_like(x, dtype=torch.float32).uniform_(1 - self.jitter, 1 + self.jitter)
+            read = read if self.exact else read.to(x.dtype)
+        logits = self._logits(read, self.exact)
         if self.normalise:
             # softmax over the k best is softmax over all, divided by the sum of these.
             best, experts = logits.topk(self.k, dim=-1)

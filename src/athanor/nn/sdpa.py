@@ -15,6 +15,8 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
+from athanor.nn.derivatives import first_only
+
 # Above this many scores per head the probabilities cost more memory traffic than the fused kernel costs arithmetic.
 _EXPLICIT_MAX = 512 * 512
 
@@ -57,14 +59,19 @@ def mask_of(visible: Tensor, dtype: torch.dtype) -> Tensor:
     return torch.zeros(visible.shape, dtype=dtype, device=visible.device).masked_fill_(~visible, hidden_score(dtype))
 
 
-@lru_cache(maxsize=128)
-def _keep(make: Callable[..., Tensor], *of: Any) -> Tensor:
+def _call(make: Callable[..., Tensor], *of: Any) -> Tensor:
     return make(*of)
 
 
-def _kept(make: Callable[..., Tensor], *of: Any) -> Tensor:
-    """make(*of), once for each `of`; anew where a compiler traces, which would warn that it looks through the cache."""
-    return make(*of) if torch.compiler.is_compiling() else _keep(make, *of)
+# Large masks are made once for all layers, but not kept beside those of other lengths: a hundred of 2,048 positions are 2 GB.
+_keep, _keep_large = lru_cache(maxsize=128)(_call), lru_cache(maxsize=1)(_call)
+
+
+def _kept(make: Callable[..., Tensor], positions: int, *of: Any) -> Tensor:
+    """make(positions, *of), once for the same; anew where a compiler traces, which would warn that it looks through the cache."""
+    if torch.compiler.is_compiling():
+        return make(positions, *of)
+    return (_keep if positions**2 <= _EXPLICIT_MAX else _keep_large)(make, positions, *of)
 
 
 def causal_mask(t: int, repeats: int, dtype: torch.dtype, device: torch.device) -> Tensor:
@@ -113,6 +120,7 @@ class _Attention(torch.autograd.Function):
         return torch.bmm(probs, value)
 
     @staticmethod
+    @first_only
     def backward(ctx: Any, *grads: Tensor) -> tuple[Tensor | None, ...]:
         query, key, value, probs, capped = ctx.saved_tensors
         d_out = grads[0]
@@ -131,7 +139,7 @@ class _Attention(torch.autograd.Function):
         return d_query, d_key, d_value, d_bias, None, None, None, None
 
 
-def _block_mask(first: int, last: int, repeats: int, dtype: torch.dtype, device: torch.device) -> Tensor:
+def _block_mask(last: int, first: int, repeats: int, dtype: torch.dtype, device: torch.device) -> Tensor:
     """(repeats * (last - first), last): the rows first .. last - 1 of the causal mask."""
     return _kept(causal_mask, last, 1, dtype, device)[first:].repeat(repeats, 1)
 
@@ -139,6 +147,7 @@ def _block_mask(first: int, last: int, repeats: int, dtype: torch.dtype, device:
 def forget_masks() -> None:
     """Make masks anew that were kept: some tensors (those without data) must not outlive the mode in which they were made."""
     _keep.cache_clear()
+    _keep_large.cache_clear()
 
 
 class _CausalAttention(torch.autograd.Function):
@@ -160,16 +169,17 @@ class _CausalAttention(torch.autograd.Function):
         kept = []
         for first in range(0, t, _BLOCK):
             last = min(first + _BLOCK, t)
-            mask = _kept(_block_mask, first, last, repeats, query.dtype, query.device)
-            block = query[:, :, first:last].reshape(n, -1, k)
+            mask = _kept(_block_mask, last, first, repeats, query.dtype, query.device)
+            block = query[:, :, first:last].reshape(n, repeats * (last - first), k)
             probs = torch.softmax(torch.baddbmm(mask, block, key[:, :last].transpose(1, 2), alpha=scale), -1)
-            out[:, :, first:last] = torch.bmm(probs, value[:, :last]).view(n, repeats, last - first, -1)
+            out[:, :, first:last] = torch.bmm(probs, value[:, :last]).view(n, repeats, last - first, value.shape[2])
             kept.append(probs)
         ctx.save_for_backward(query, key, value, *kept)
         ctx.scale = scale
         return out
 
     @staticmethod
+    @first_only
     def backward(ctx: Any, *grads: Tensor) -> tuple[Tensor | None, ...]:
         query, key, value, *kept = ctx.saved_tensors
         n, repeats, t, k = query.shape
@@ -178,7 +188,7 @@ class _CausalAttention(torch.autograd.Function):
         d_key = d_value = none
         for i in reversed(range(len(kept))):  # the last block meets all keys
             first, last, probs = i * _BLOCK, min((i + 1) * _BLOCK, t), kept[i]
-            block, d_out = (x[:, :, first:last].reshape(n, -1, x.shape[3]) for x in (query, grads[0]))
+            block, d_out = (x[:, :, first:last].reshape(n, repeats * (last - first), x.shape[3]) for x in (query, grads[0]))
             d_probs = torch.bmm(d_out, value[:, :last].transpose(1, 2))
             d_scores = torch._softmax_backward_data(d_probs, probs, -1, probs.dtype)
             d_block = torch.baddbmm(none, d_scores, key[:, :last], beta=0, alpha=ctx.scale)

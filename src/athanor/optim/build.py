@@ -123,15 +123,27 @@ def build(model: nn.Module, config: OptimConfig, *, bf16: bool = False) -> list[
     return optimizers
 
 
+def _counted(kind: type[torch.optim.Optimizer], groups: Groups, **options: Any) -> torch.optim.Optimizer:
+    """PyTorch's fused kernels change tensors without counting it (`Tensor._version`), by which an engine knows of new weights."""
+    made = kind(groups, **options)
+    made.register_step_post_hook(_count)
+    return made
+
+
+def _count(optimizer: torch.optim.Optimizer, *_: Any) -> None:
+    params = [p for group in optimizer.param_groups for p in group["params"] if p.grad is not None]
+    torch.autograd.graph.increment_version(params)
+
+
 def _adamw(config: OptimConfig, sharded: bool) -> Make:
     # Fused kernels do not take tensors that are spread over processes on every device.
     betas = config.beta1, config.beta2
-    return partial(torch.optim.AdamW, lr=config.lr, betas=betas, fused=not sharded, foreach=sharded)
+    return partial(_counted, torch.optim.AdamW, lr=config.lr, betas=betas, fused=not sharded, foreach=sharded)
 
 
 def _sgd(config: OptimConfig, sharded: bool) -> Make:
     beta, nesterov = config.momentum, config.nesterov
-    return partial(torch.optim.SGD, lr=config.lr, momentum=beta, nesterov=nesterov, fused=not sharded, foreach=sharded)
+    return partial(_counted, torch.optim.SGD, lr=config.lr, momentum=beta, nesterov=nesterov, fused=not sharded, foreach=sharded)
 
 
 def _adafactor(config: OptimConfig, sharded: bool) -> Make:

@@ -9,7 +9,7 @@ import time
 from collections.abc import Callable, Iterator, Mapping
 from typing import TYPE_CHECKING, Any, ClassVar
 
-from athanor.core.errors import RequestError, nearest
+from athanor.core.errors import NonFiniteError, RequestError, nearest
 from athanor.tokenizer.chat import messages_from, render
 from athanor.types import FinishReason, Message, Request, SamplingParams
 
@@ -192,6 +192,8 @@ class Dialogue:
                     content += chunk.content
                     reasoning += chunk.reasoning
                     turn.seconds = time.perf_counter() - started
+                    if chunk.completion is not None and chunk.completion.spoilt:
+                        raise NonFiniteError(str(chunk.completion.error))
                     if chunk.completion is not None:
                         turn.finish_reason = chunk.completion.finish_reason
                         turn.tokens = len(chunk.completion.ids)

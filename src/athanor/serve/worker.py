@@ -18,8 +18,8 @@ from collections.abc import Callable, Sequence
 from functools import partial
 from typing import TYPE_CHECKING, Protocol, TypeVar
 
-from athanor.core.errors import AthanorError, RequestError
-from athanor.types import Request
+from athanor.core.errors import AthanorError, NonFiniteError, RequestError
+from athanor.types import Completion, Request
 
 if TYPE_CHECKING:
     from athanor.infer.engine import Chunk, Engine, Stats
@@ -33,7 +33,7 @@ class QueueFullError(AthanorError):
 
 
 class EngineFailedError(AthanorError):
-    """The engine raised while this request was in flight (the server answers 500)."""
+    """The engine raised while this request was in flight, or made inf or nan of it (the server answers 500)."""
 
 
 class StoppingError(AthanorError):
@@ -144,6 +144,17 @@ class Stream:
         except RuntimeError:
             return False
         return True
+
+
+def _wrong(completion: Completion | None) -> AthanorError | None:
+    """What became of a request that could not be answered."""
+    if completion is None or completion.error is None:
+        return None
+    return (
+        EngineFailedError(str(NonFiniteError(completion.error)))
+        if completion.spoilt
+        else RequestError(completion.error, "response_format")
+    )
 
 
 class Worker:
@@ -287,8 +298,7 @@ class Worker:
                 # Before the client hears of it: its next request must find the slot free.
                 del self._streams[chunk.request_id]
                 self._free(1)
-            wrong = None if chunk.completion is None else chunk.completion.error
-            if not stream.deliver(chunk if wrong is None else RequestError(wrong, "response_format")):
+            if not stream.deliver(_wrong(chunk.completion) or chunk):
                 logger.warning("nobody is left to read the answer of %s", chunk.request_id)
                 self._drop(stream)
         if self._watch is not None:

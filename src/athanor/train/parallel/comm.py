@@ -8,6 +8,8 @@ import torch
 import torch.distributed as td
 from torch import Tensor
 
+from athanor.nn.derivatives import first_only
+
 # By their names from torch 2.13 on, or those of before.
 _all_gather = getattr(td, "all_gather_single", None) or td.all_gather_into_tensor
 _reduce_scatter = getattr(td, "reduce_scatter_single", None) or td.reduce_scatter_tensor
@@ -44,6 +46,7 @@ class _Function(torch.autograd.Function):
         return out
 
     @staticmethod
+    @first_only
     def backward(ctx: Any, *grads: Tensor) -> tuple[Tensor | None, ...]:
         return ctx.back(grads[0], ctx.group), None, None, None
 
@@ -81,6 +84,7 @@ class _Exchange(torch.autograd.Function):
         return out
 
     @staticmethod
+    @first_only
     def backward(ctx: Any, *grads: Tensor) -> tuple[Tensor | None, ...]:
         sent, received, group = ctx.args
         out = grads[0].new_empty((sum(sent), *grads[0].shape[1:]))
