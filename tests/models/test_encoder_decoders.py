@@ -254,7 +254,7 @@ def test_shapes_that_are_none(config, fields, message):
     ],
 )
 def test_fields_have_the_other_names_that_transformers_gives_them(read, cls):
-    assert read == cls.attribute_map
+    assert cls.attribute_map.items() <= read.items()
 
 
 @pytest.mark.parametrize(

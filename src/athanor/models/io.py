@@ -175,7 +175,7 @@ def _check_ids(model: LanguageModel, fields: Mapping[str, Any], folder: Path) ->
 def _config(module: ModuleType, fields: Mapping[str, Any], folder: Path) -> Any:
     try:
         if module.Model.kind in ("decoder", "encoder_decoder"):
-            Fields(fields, fields["model_type"]).only("is_causal", True)  # of every family in transformers, which then sees ahead
+            Fields(fields, fields["model_type"]).only("is_causal", True)  # false makes any decoder of transformers see ahead
         weights = fields.get("transformers_weights")
         if weights not in (None, WEIGHTS):
             raise CheckpointError(
