@@ -32,6 +32,7 @@ def test_what_is_there():
         (lambda f: f.int("x"), "config.json: x is 0.5 and must be a whole number: copy it again"),
         (lambda f: f.int("yes"), "config.json: yes is True and must be a whole number"),
         (lambda f: f.float("yes"), "config.json: yes is True and must be a number"),
+        (lambda _: Fields({"x": 10**400}, "llama").float("x"), "0 and must be a number below 1.8e308: copy it again"),
         (lambda f: f.float("name"), "config.json: name is 'silu' and must be a number"),
         (lambda f: f.bool("n"), "config.json: n is 3 and must be true or false"),
         (lambda f: f.str("n"), "config.json: n is 3 and must be a text"),

@@ -80,10 +80,8 @@ class Fields:
                 f"config.json: rope_scaling ({old}) and rope_parameters ({new}) disagree: remove the one that is wrong"
             )
         table = old or new or {"rope_type": "default"}
-        value = table.get("rope_theta", outside["rope_theta"])
-        if isinstance(value, bool) or not isinstance(value, (int, float)):
-            raise CheckpointError(f"config.json: rope_theta is {value!r} and must be a number: copy it again")
-        return table | {"rope_theta": float(value)}
+        base = {"rope_theta": table.get("rope_theta", outside["rope_theta"])}
+        return table | {"rope_theta": Fields(base, self._type).float("rope_theta")}
 
     def _rotary(self, name: str) -> dict[str, Any]:
         """One of the two tables, its type by the name of today; {} where there is none."""
@@ -116,7 +114,10 @@ class Fields:
     def float(self, name: str, default: Any = _MISSING) -> Any:
         """A number, as float."""
         value = self._typed(name, default, (int, float), "a number")
-        return float(value) if isinstance(value, int) else value
+        try:
+            return float(value) if isinstance(value, int) else value
+        except OverflowError as error:
+            raise CheckpointError(f"config.json: {name} is {value} and must be a number below 1.8e308: copy it again") from error
 
     def bool(self, name: str, default: Any = _MISSING) -> Any:
         """true or false; null, which is false to transformers, is refused where an absent field is true."""
