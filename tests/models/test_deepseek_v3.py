@@ -278,6 +278,22 @@ def test_mistakes_in_a_config_are_named(change, message):
         replace(TINY, **change)
 
 
+@pytest.mark.parametrize("field", ["rope_interleave", "norm_topk_prob"])
+def test_null_is_not_true(field):
+    with pytest.raises(CheckpointError, match=f"{field} is None and must be true or false: write which, or leave it out"):
+        deepseek_v3.Config.from_hf(TINY.to_hf() | {field: None})
+
+
+def test_the_number_of_experts_has_two_names():
+    fields = TINY.to_hf()
+    with pytest.raises(
+        CheckpointError, match="num_local_experts is 4 and n_routed_experts, which means the same in a deepseek_v3"
+    ):
+        deepseek_v3.Config.from_hf(fields | {"num_local_experts": 4})
+    fields["num_local_experts"] = fields.pop("n_routed_experts")
+    assert deepseek_v3.Config.from_hf(fields) == TINY
+
+
 @pytest.mark.parametrize("field", ["hidden_act", "scoring_func", "topk_method"])
 def test_what_is_not_computed_is_refused(field):
     with pytest.raises(CheckpointError, match=f"{field} is 'greedy', which is not supported for deepseek_v3"):

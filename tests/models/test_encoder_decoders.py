@@ -12,7 +12,7 @@ from transformers.models.pegasus.modeling_pegasus import PegasusSinusoidalPositi
 
 from athanor.core.errors import CheckpointError, ConfigError
 from athanor.core.io import read_json, write_json
-from athanor.models import bart, io, pegasus, t5
+from athanor.models import _seq2seq, bart, io, pegasus, t5
 from athanor.nn.context import Bidirectional, Causal, Memory, WithMemory
 from tests.models.reference import config_of, files, greatest, packed, random_ids, theirs_of
 
@@ -245,6 +245,19 @@ def test_shapes_that_are_none(config, fields, message):
 
 
 @pytest.mark.parametrize(
+    ("read", "cls"),
+    [
+        (t5.ALIASES | {"head_dim": "d_kv"}, transformers.T5Config),
+        (t5.ALIASES, transformers.SwitchTransformersConfig),
+        (_seq2seq.ALIASES, transformers.BartConfig),
+        (_seq2seq.ALIASES, transformers.PegasusConfig),
+    ],
+)
+def test_fields_have_the_other_names_that_transformers_gives_them(read, cls):
+    assert cls.attribute_map.items() <= read.items()
+
+
+@pytest.mark.parametrize(
     ("module", "config", "changed", "message"),
     [
         (
@@ -254,6 +267,19 @@ def test_shapes_that_are_none(config, fields, message):
             "feed_forward_proj is 'gated-mish', which is not supported for t5 (only 'relu'",
         ),
         (t5, T5, {"d_kv": None}, "config.json lacks 'd_kv', which a t5 needs"),
+        (
+            t5,
+            T5,
+            {"num_heads": 2, "num_attention_heads": 4},
+            "num_attention_heads is 4 and num_heads, which means the same in a t5",
+        ),
+        (
+            bart,
+            BART,
+            {"num_hidden_layers": 1},
+            "num_hidden_layers is 1 and encoder_layers, which means the same in a bart, is 2: remove the one that is wrong",
+        ),
+        (pegasus, PEGASUS, {"hidden_size": 8}, "hidden_size is 8 and d_model, which means the same in a pegasus, is 32"),
         (bart, BART, {"normalize_before": True}, "normalize_before is True, which is not supported for bart (only False is)"),
         (bart, BART, {"add_final_layer_norm": True}, "add_final_layer_norm is True, which is not supported for bart"),
         (bart, BART, {"normalize_embedding": False}, "normalize_embedding is False, which is not supported for bart"),

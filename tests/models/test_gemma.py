@@ -1,6 +1,7 @@
 """The config of a Gemma: fields of both versions, old and new; what is refused; presets; embeddings in bfloat16."""
 
 import re
+from dataclasses import replace
 
 import pytest
 import torch
@@ -11,7 +12,7 @@ from athanor.models import io
 from athanor.models.decoder import FULL, SLIDING
 from athanor.models.gemma import PRESETS, Config
 from athanor.nn.rope import LinearRope
-from tests.models.reference import ours_of, theirs_of
+from tests.models.reference import greatest, inputs, logits, ours_of, theirs_of
 
 NEEDED = ("vocab_size", "hidden_size", "num_hidden_layers", "num_attention_heads", "num_key_value_heads", "intermediate_size")
 SHAPE = {"window": 8, "head_dim": 16, "rope_theta": 250.0}
@@ -63,6 +64,26 @@ def test_which_layers_slide_in_files_that_give_a_pattern():
     assert list(config.layer_types) == Gemma3TextConfig(**fields).layer_types
 
 
+@pytest.mark.parametrize("name", ["tiny-2", "tiny-3"])
+def test_without_a_window_it_is_saved_with_one_that_changes_nothing(tmp_path, name):
+    """transformers makes the mask of a window even where no layer has one."""
+    config = replace(PRESETS[name], window=None, layer_types=())
+    fields = config.to_hf()
+    assert fields["sliding_window"] == config.max_positions
+    assert Config.from_hf(fields) == Config.from_hf(fields | {"sliding_window": None}) == config
+    theirs = theirs_of(config)
+    ours = ours_of(theirs, tmp_path)
+    given = inputs(config, "decoder")
+    with torch.no_grad():
+        assert greatest(logits(ours, given), theirs(**given).logits) <= 1e-5
+
+
+@pytest.mark.parametrize("fields", [TWO, THREE])
+def test_layers_that_slide_need_a_window(fields):
+    with pytest.raises(ConfigError, match="layer_types has 'sliding_attention' and window is None"):
+        Config.from_hf(fields | {"sliding_window": None})
+
+
 @pytest.mark.parametrize(
     ("fields", "message"),
     [
@@ -93,6 +114,30 @@ def test_a_shape_that_cannot_be_is_refused(fields, message):
         (
             THREE | {"attn_logit_softcapping": 50.0},
             "attn_logit_softcapping is 50.0, which is not supported for gemma3_text (only",
+        ),
+        (
+            TWO | {"model_type": "gemma"},
+            "model_type is 'gemma', and Gemma 1 is not supported (only gemma2 and gemma3_text are): use",
+        ),
+        (
+            {k: v for k, v in THREE.items() if k != "layer_types"} | {"sliding_window_pattern": 0},
+            "sliding_window_pattern is 0 and",
+        ),
+        (
+            THREE | {"rope_parameters": {SLIDING: {"type": "linear", "factor": 2.0}}},
+            "rope_parameters scales sliding_attention by 'linear', which is not supported for gemma3_text (only 'default' is):",
+        ),
+        (
+            THREE | {"rope_parameters": {SLIDING: {"rope_type": "default", "factor": 2.0}}},
+            "rope_parameters: factor (2.0) is no field of default rotary scaling",
+        ),
+        (
+            THREE | {"rope_scaling": {"rope_type": "linear", "factor": 2.0}},
+            "rope_scaling ({'rope_type': 'linear', 'factor': 2.0}) and rope_parameters ({'rope_theta': 250.0, 'rope_type': 'def",
+        ),
+        (
+            THREE | {"rope_parameters": None, "rope_scaling": {"type": "linear", "factor": 2.0}},
+            "rope_scaling has the type 'linear', which transformers passes over in a gemma3_text: call the field rope_type, or",
         ),
         (THREE | {"rope_parameters": [1]}, "rope_parameters is [1] and must be a table: copy it again"),
         (THREE | {"rope_parameters": {FULL: 3}}, "full_attention is 3 and must be a table: copy it again"),

@@ -738,6 +738,13 @@ def test_windows_that_llamacpp_lacks_shorten_the_context(fields, window):
     assert notes == ([note + " instead of 32"] if window else [])
 
 
+def test_a_mixtral_that_does_not_say_its_base_has_that_of_transformers():
+    values = TINY | MIXTRAL
+    assert "rope_theta" not in values and "rope_parameters" not in values
+    _gguf_fields.describe(_Recorder(written := {}), values, _gguf_fields.form(values))
+    assert written["add_rope_freq_base"] == 1_000_000.0
+
+
 class _Recorder:
     """Stands for a writer: keeps what its methods are given."""
 

@@ -37,9 +37,24 @@ def test_fields_that_an_old_file_lacks_have_the_values_of_transformers():
     assert Config.from_hf(fields | {"n_inner": None}).d_ff == 256
 
 
+def test_other_names_of_fields_are_read_as_transformers_reads_them():
+    names = {
+        "hidden_size": "n_embd", "num_hidden_layers": "n_layer", "num_attention_heads": "n_head",
+        "max_position_embeddings": "n_positions",
+    }  # fmt: skip
+    assert names == GPT2Config.attribute_map
+    fields = {k: v for k, v in FIELDS.items() if k not in names.values()} | {k: FIELDS[v] for k, v in names.items()}
+    assert Config.from_hf(fields) == Config.from_hf(FIELDS)
+    for other, name in names.items():
+        message = f"config.json: {other} is 8 and {name}, which means the same in a gpt2, is {FIELDS[name]}: remove the one that"
+        with pytest.raises(CheckpointError, match=f"^{message}"):
+            Config.from_hf(FIELDS | {other: 8})
+
+
 @pytest.mark.parametrize(
     ("fields", "message"),
     [
+        ({"scale_attn_weights": None}, "scale_attn_weights is None"),
         ({"activation_function": "tanh"}, "activation_function is 'tanh'"),
         ({"scale_attn_weights": False}, "scale_attn_weights is False"),
         ({"scale_attn_by_inverse_layer_idx": True}, "scale_attn_by_inverse_layer_idx is True"),

@@ -10,9 +10,11 @@ import pytest
 import torch
 from safetensors.torch import load_file, save_file
 
+from athanor.core import plugins
 from athanor.core.errors import CheckpointError
 from athanor.core.weights import save_sharded
-from athanor.models import io, llama
+from athanor.models import bert, io, llama
+from tests.models.reference import theirs_of
 
 
 @pytest.fixture
@@ -116,6 +118,94 @@ def test_fields_of_config_that_are_no_shape_are_refused(folder, edit):
         refused(folder, message)
         edit(num_attention_heads=4, hidden_size=32, num_key_value_heads=2, rope_parameters=None)
     io.load(folder)
+
+
+@pytest.mark.parametrize("value", [False, None, 0])
+@pytest.mark.parametrize("name", ["llama", "gpt2", "t5", "bart"])
+def test_what_sees_ahead_in_transformers_is_refused(tmp_path, name, value):
+    """Null too: it is false there."""
+    config = plugins.load("models", name).PRESETS["tiny"]
+    io.save(io.build(name, config, seed=0), tmp_path, {"is_causal": True})
+    io.load(tmp_path)
+    (tmp_path / "config.json").write_text(json.dumps(io.read_config(tmp_path) | {"is_causal": value}))
+    refused(tmp_path, f"is_causal is {value}, which is not supported for {name} .only True is.: use another checkpoint")
+
+
+def test_an_encoder_sees_ahead_anyway(tmp_path):
+    io.save(io.build("bert", bert.PRESETS["tiny"], seed=0), tmp_path, {"is_causal": False})
+    io.load(tmp_path)
+
+
+def test_weights_of_another_name_are_refused_and_the_field_stays_behind(folder, edit, tmp_path):
+    edit(transformers_weights="other.safetensors")
+    message = "transformers_weights is 'other.safetensors', and weights are read from model.safetensors: rename the file, and"
+    refused(folder, re.escape(message))
+    edit(transformers_weights=io.WEIGHTS)
+    (tmp_path / "again").mkdir()
+    io.save(io.load(folder), tmp_path / "again")
+    assert "transformers_weights" not in io.read_config(tmp_path / "again")
+
+
+@pytest.mark.parametrize("name", ["rotary_emb.inv_freq", "layers.1.self_attn.rotary_emb.inv_freq"])
+@pytest.mark.parametrize("prefix", ["model.", ""])
+def test_frequencies_of_older_files_are_harmless(folder, edit, prefix, name):
+    before = io.load(folder).state_dict()
+    edit(lambda t: {re.sub(r"^model\.", prefix, k): v for k, v in t.items()} | {prefix + name: torch.ones(4)})
+    after = io.load(folder).state_dict()
+    assert all(torch.equal(before[k], after[k]) for k in before)
+
+
+def test_a_size_that_no_memory_holds_is_refused(folder, edit):
+    for fields, message in (
+        ({"vocab_size": 10**30}, "vocab_size is 1000000000000000000000000000000 and must be at most 2147483647: copy it again"),
+        ({"num_hidden_layers": 10**9}, "num_hidden_layers is 1000000000 and must be at most 10000: copy it again"),
+        ({"head_dim": 2**31}, "head_dim is 2147483648 and must be at most 16777216: copy it again"),
+        ({"head_dim": 2**24, "hidden_size": 2**24, "num_attention_heads": 10_000}, "describes a llama that no memory holds"),
+    ):
+        edit(**fields)
+        refused(folder, message)
+        edit(vocab_size=320, num_hidden_layers=2, head_dim=8, hidden_size=32, num_attention_heads=4)
+    io.load(folder)
+
+
+@pytest.mark.parametrize("name", ["bos_token_id", "eos_token_id"])
+def test_ids_outside_the_vocabulary_are_refused_where_text_is_generated_with_them(folder, edit, name):
+    edit(**{name: 320})
+    refused(folder, rf"{name} is 320 and must be below vocab_size \(320\), since text is generated with it: correct it in config")
+    edit(**{name: None}, architectures=["LlamaModel"], pad_token_id=320)
+    edit(lambda t: {k: v for k, v in t.items() if k != "lm_head.weight"})
+    io.load(folder)
+    edit(**{name: 320})
+    io.load(folder)  # generates nothing
+
+
+@pytest.mark.parametrize(
+    ("family", "name"), [("bart", "decoder_start_token_id"), ("bart", "forced_bos_token_id"), ("t5", "pad_token_id")]
+)
+def test_what_answers_begin_with_is_in_the_vocabulary(tmp_path, family, name):
+    config = plugins.load("models", family).PRESETS["tiny"]
+    io.save(io.build(family, config, seed=0), tmp_path, {"pad_token_id": 320} if family == "bart" else {})
+    io.load(tmp_path)
+    (tmp_path / "config.json").write_text(json.dumps(io.read_config(tmp_path) | {name: 320}))
+    refused(tmp_path, rf"{name} is 320 and must be below vocab_size \(320\)")
+
+
+@pytest.mark.parametrize("name", ["LlamaModel", "LlamaForSequenceClassification"])
+def test_an_output_that_the_architecture_named_lacks_is_refused_by_that_name(folder, edit, name):
+    edit(architectures=[name])
+    message = refused(
+        folder, f"lm_head.weight is an output of its own, and architectures in config.json names '{name}', which has"
+    )
+    assert "tied" not in message
+
+
+@pytest.mark.parametrize("name", ["mixtral", "qwen3_moe", "deepseek_v3"])
+def test_experts_in_one_tensor_are_refused_with_the_remedy(tmp_path, name):
+    theirs = theirs_of(plugins.load("models", name).PRESETS["tiny"])
+    theirs.save_pretrained(tmp_path, save_original_format=False)
+    refused(
+        tmp_path, r"mlp.experts.gate_up_proj holds all experts in one tensor, .*save_pretrained\(..., save_original_format=True"
+    )
 
 
 def test_prepare_sees_the_model_and_the_fields_before_weights_are_read(folder):

@@ -128,6 +128,10 @@ def test_old_and_new_fields_of_scalings_are_read_as_transformers_reads_them(fiel
         ({"rope_type": "su", "factor": 2.0}, "rope_type ('su') must be one of default, linear, dynamic, yarn, llama3, longrope"),
         ({"rope_type": "default", "partial_rotary_factor": 0.5}, "partial_rotary_factor (0.5) is no field of default rotary"),
         ({"rope_type": "linear", "factor": 0}, "factor (0) of linear scaling must be a number from 1 on"),
+        (
+            {"rope_type": "yarn", "factor": 4.0, "truncate": None},
+            "truncate (None) of yarn scaling must be true or false: true is",
+        ),
     ],
 )
 def test_a_scaling_that_is_not_computed_is_refused(rope, message):

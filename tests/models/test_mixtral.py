@@ -4,7 +4,7 @@ from dataclasses import replace
 
 import pytest
 import torch
-from transformers import MixtralForCausalLM
+from transformers import MixtralConfig, MixtralForCausalLM
 
 from athanor.compress.apply import compress
 from athanor.compress.linear import QuantLinear
@@ -70,9 +70,27 @@ def test_mistakes_in_a_config_are_named(change, message):
         replace(TINY, **change)
 
 
+def test_fields_that_an_old_file_lacks_have_the_values_of_transformers():
+    needed = (
+        "vocab_size", "hidden_size", "num_hidden_layers", "num_attention_heads", "num_key_value_heads", "intermediate_size"
+    )  # fmt: skip
+    fields = {k: v for k, v in TINY.to_hf().items() if k in needed}
+    config = mixtral.Config.from_hf(fields)
+    assert config == mixtral.Config.from_hf(MixtralConfig(**fields).to_dict())
+    assert config.rope_theta == 1_000_000.0
+    assert mixtral.Config.from_hf(fields | {"num_experts": 5}).n_experts == MixtralConfig(num_experts=5).num_local_experts == 5
+
+
 @pytest.mark.parametrize(
-    ("field", "value"), [("hidden_act", "gelu"), ("router_jitter_noise", 0.1), ("num_local_experts", "8")]
-)  # fmt: skip
+    ("field", "value"),
+    [
+        ("hidden_act", "gelu"),
+        ("router_jitter_noise", 0.1),
+        ("num_local_experts", "8"),
+        ("num_experts", 5),
+        ("layer_types", ["full_attention"] * 2),
+    ],
+)
 def test_what_is_not_computed_is_refused(field, value):
     with pytest.raises(CheckpointError, match=field):
         mixtral.Config.from_hf(TINY.to_hf() | {field: value})

@@ -20,6 +20,8 @@ OLD = {k: v for k, v in FIELDS.items() if k != "layer_types"}
         ({}, None, (FULL,) * 4),
         ({"use_sliding_window": False, "sliding_window": 8, "max_window_layers": 0}, None, (FULL,) * 4),
         ({"use_sliding_window": True, "sliding_window": 8, "max_window_layers": 3}, 8, (FULL, FULL, FULL, SLIDING)),
+        ({"use_sliding_window": True, "sliding_window": None, "max_window_layers": 0}, None, (FULL,) * 4),
+        ({"use_sliding_window": True, "max_window_layers": 3}, 4096, (FULL, FULL, FULL, SLIDING)),
         ({"use_sliding_window": True, "sliding_window": 8}, 8, (FULL,) * 4),  # the 28th layer is the first that slides
         ({"use_sliding_window": True, "sliding_window": 8, "layer_types": [SLIDING, FULL] * 2}, 8, (SLIDING, FULL) * 2),
     ],

@@ -5,7 +5,7 @@ import re
 import pytest
 from transformers import Qwen3Config
 
-from athanor.core.errors import CheckpointError
+from athanor.core.errors import CheckpointError, ConfigError
 from athanor.models import io
 from athanor.models.decoder import FULL, SLIDING
 from athanor.models.qwen3 import PRESETS, Config
@@ -30,6 +30,12 @@ def test_windows_are_read_as_transformers_reads_them(fields, kinds):
     config = Config.from_hf(base | fields)
     assert (config.window, config.layer_types) == (8, kinds)
     assert Config.from_hf(Qwen3Config(**base | fields).to_dict()) == Config.from_hf(config.to_hf()) == config
+
+
+def test_layers_that_slide_need_a_window():
+    fields = FIELDS | {"use_sliding_window": True, "sliding_window": None, "layer_types": [SLIDING, FULL] * 2}
+    with pytest.raises(ConfigError, match="layer_types has 'sliding_attention' and window is None"):
+        Config.from_hf(fields)
 
 
 @pytest.mark.parametrize(

@@ -3,6 +3,7 @@
 from dataclasses import replace
 
 import pytest
+from transformers import Qwen3MoeConfig
 
 from athanor.core.errors import CheckpointError, ConfigError
 from athanor.models import io, qwen3_moe
@@ -33,6 +34,14 @@ def test_the_number_of_experts_has_two_names():
 
 
 @pytest.mark.parametrize(
+    ("fields", "window"), [({}, 4096), ({"sliding_window": None}, None), ({"sliding_window": 5}, 5)]
+)  # fmt: skip
+def test_windows_are_read_as_transformers_reads_them(fields, window):
+    base = {k: v for k, v in TINY.to_hf().items() if k != "sliding_window"} | {"use_sliding_window": True}
+    assert qwen3_moe.Config.from_hf(base | fields).window == window == Qwen3MoeConfig(**base | fields).sliding_window
+
+
+@pytest.mark.parametrize(
     ("change", "sparse"),
     [({}, [True] * 4), ({"sparse_step": 2}, [False, True] * 2), ({"dense_layers": (0, 3)}, [False, True, True, False])],
 )
@@ -58,5 +67,10 @@ def test_mistakes_in_a_config_are_named(change, message):
 def test_what_is_not_computed_is_refused():
     with pytest.raises(CheckpointError, match=r"mlp_only_layers is \[0.5\] and must be a list of layers: copy it again"):
         qwen3_moe.Config.from_hf(TINY.to_hf() | {"mlp_only_layers": [0.5]})
-    with pytest.raises(CheckpointError, match="hidden_act"):
-        qwen3_moe.Config.from_hf(TINY.to_hf() | {"hidden_act": "relu"})
+    for name, value in (("hidden_act", "relu"), ("layer_types", ["sliding_attention"] * 2)):
+        with pytest.raises(CheckpointError, match=f"{name} is .*, which is not supported for qwen3_moe"):
+            qwen3_moe.Config.from_hf(TINY.to_hf() | {name: value})
+    with pytest.raises(
+        CheckpointError, match="num_local_experts is 4 and num_experts, which means the same in a qwen3_moe, is 8"
+    ):
+        qwen3_moe.Config.from_hf(TINY.to_hf() | {"num_local_experts": 4})

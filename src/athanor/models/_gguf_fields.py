@@ -132,7 +132,9 @@ def describe(writer: gguf.GGUFWriter, values: Mapping[str, Any], form: Form) -> 
         )
     writer.add_context_length(positions if window is None else min(positions, window))
     experts = _experts(writer, fields, model_type == "mixtral") if model_type in ("mixtral", "qwen3_moe") else 0
-    extra = _rope(writer, fields if form.arch != "gemma3" else _gemma3_rope(writer, values), form, head_dim, positions, notes)
+    theta = 1_000_000.0 if model_type == "mixtral" else 10_000.0
+    turned = _gemma3_rope(writer, values) if form.arch == "gemma3" else fields
+    extra = _rope(writer, turned, form, head_dim, positions, notes, theta)
     return Shape(layers, heads, kv_heads, experts, vocab_size, tied, extra), notes
 
 
@@ -231,12 +233,12 @@ def _gemma3_rope(writer: gguf.GGUFWriter, values: Mapping[str, Any]) -> Fields:
 
 
 def _rope(
-    writer: gguf.GGUFWriter, fields: Fields, form: Form, head_dim: int, positions: int, notes: list[str]
+    writer: gguf.GGUFWriter, fields: Fields, form: Form, head_dim: int, positions: int, notes: list[str], theta: float
 ) -> dict[str, list[float]]:
     """Keys of the rotary positions; the tensors that belong to them."""
     import gguf
 
-    rope = fields.rope()
+    rope = fields.rope(theta)
     kind = {"su": "longrope"}.get(rope["rope_type"], rope["rope_type"])
     settings = Fields(rope, f"rope_type {kind!r}")
     turned = settings.float("partial_rotary_factor", fields.float("partial_rotary_factor", 1.0))

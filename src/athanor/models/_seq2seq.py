@@ -89,17 +89,23 @@ class Config:
         }
 
 
+# Of BART and Pegasus.
+ALIASES = {
+    "hidden_size": "d_model", "num_hidden_layers": "encoder_layers", "num_attention_heads": "encoder_attention_heads",
+}  # fmt: skip
+
+
 def common(fields: Fields) -> dict[str, Any]:
     """The arguments of `Config` from the fields that BART and its like have in common."""
     fields.only("activation_function", *ACTIVATIONS)
     return {
         "vocab_size": fields.int("vocab_size"),
-        "d_model": fields.int("d_model"),
-        "n_layers": fields.int("encoder_layers"),
-        "n_heads": fields.int("encoder_attention_heads"),
+        "d_model": fields.width("d_model"),
+        "n_layers": fields.count("encoder_layers"),
+        "n_heads": fields.count("encoder_attention_heads"),
         "d_ff": fields.int("encoder_ffn_dim"),
-        "n_decoder_layers": fields.int("decoder_layers", 0),
-        "n_decoder_heads": fields.int("decoder_attention_heads", 0),
+        "n_decoder_layers": fields.count("decoder_layers", 0),
+        "n_decoder_heads": fields.count("decoder_attention_heads", 0),
         "d_decoder_ff": fields.int("decoder_ffn_dim", 0),
         "max_positions": fields.int("max_position_embeddings", 1024),
         "activation": fields.str("activation_function", "gelu"),

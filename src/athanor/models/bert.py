@@ -100,9 +100,9 @@ def common(fields: Fields) -> dict[str, Any]:
     fields.only("hidden_act", *ACTIVATIONS)
     return {
         "vocab_size": fields.int("vocab_size"),
-        "d_model": fields.int("hidden_size"),
-        "n_layers": fields.int("num_hidden_layers"),
-        "n_heads": fields.int("num_attention_heads"),
+        "d_model": fields.width("hidden_size"),
+        "n_layers": fields.count("num_hidden_layers"),
+        "n_heads": fields.count("num_attention_heads"),
         "d_ff": fields.int("intermediate_size"),
         "max_positions": fields.int("max_position_embeddings", 512),
         "n_segments": fields.int("type_vocab_size", 2),

@@ -94,7 +94,7 @@ class Config:
             tuple(names[i] for i in numbers),
             fields.int("embedding_size"),
             fields.int("hidden_size"),
-            fields.int("num_hidden_layers"),
+            fields.count("num_hidden_layers"),
             fields.bool("iob2", False),
             fields.int("max_position_embeddings", 1_000_000),
         )

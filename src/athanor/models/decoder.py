@@ -5,7 +5,7 @@ Legend: B batch, T time, D width (d_model), V vocabulary, H query heads, G key/v
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from typing import Any
 
@@ -181,36 +181,44 @@ class Layered(Windowed):
         return Scoring(window=self.window) if self.slides(layer) else PLAIN
 
 
-def common(fields: Fields, positions: int = 2048) -> dict[str, Any]:
+def common(fields: Fields, positions: int = 2048, theta: float = 10_000.0) -> dict[str, Any]:
     """The arguments of `Config` from the fields that Hugging Face's decoders have in common.
 
     Args:
         fields: of config.json.
         positions: `max_position_embeddings` of files that do not say.
+        theta: `rope_theta` of files that do not say.
     """
-    heads = fields.int("num_attention_heads")
+    heads = fields.count("num_attention_heads")
     positions = fields.int("max_position_embeddings", positions)
-    rotary = fields.rope()
+    rotary = fields.rope(theta)
     theta = rotary.pop("rope_theta")
-    by = _scaling(rotary, fields.int("original_max_position_embeddings", None), positions)
+    by = scaling(rotary, fields.int("original_max_position_embeddings", None), positions)
     return {
         "vocab_size": fields.int("vocab_size"),
-        "d_model": fields.int("hidden_size"),
-        "n_layers": fields.int("num_hidden_layers"),
+        "d_model": fields.width("hidden_size"),
+        "n_layers": fields.count("num_hidden_layers"),
         "n_heads": heads,
-        "n_kv_heads": fields.int("num_key_value_heads", heads),
+        "n_kv_heads": fields.count("num_key_value_heads", heads),
         "d_ff": fields.int("intermediate_size"),
         "max_positions": by.longest if isinstance(by, rope.DynamicRope) else positions,
         "rope_theta": theta,
         "norm_eps": fields.float("rms_norm_eps", 1e-6),
         "tied": fields.bool("tie_word_embeddings", False),
-        "head_dim": fields.int("head_dim", 0),
+        "head_dim": fields.width("head_dim", 0),
         "rope_scaling": by,
     }
 
 
-def _scaling(rotary: dict[str, Any], original: int | None, positions: int) -> rope.Scaling | None:
-    values = {k: v for k, v in rotary.items() if k != "type" and (k, v) != ("partial_rotary_factor", 1)}
+def scaling(rotary: Mapping[str, Any], original: int | None, positions: int) -> rope.Scaling | None:
+    """What `Fields.rope` found, without theta, as a scaling. Raises CheckpointError for one that is not known.
+
+    Args:
+        rotary: the settings.
+        original: `original_max_position_embeddings` beside them.
+        positions: `max_position_embeddings`.
+    """
+    values = {k: v for k, v in rotary.items() if (k, v) != ("partial_rotary_factor", 1)}
     kind = values["rope_type"]
     if kind == "dynamic":  # for these the original context is `max_position_embeddings`, whatever else is said
         values["original_max_position_embeddings"] = positions
@@ -251,6 +259,8 @@ class Block(nn.Module):
 class Decoder(CausalLM):
     """Embedding, blocks, norm, output embedding. A family overrides `block` and `block_keys`, and what else is different."""
 
+    # Frequencies, which older files hold.
+    harmless = (r"(?:model\.)?(?:layers\.\d+\.self_attn\.)?rotary_emb\.inv_freq",)
     config: Config
 
     def __init__(self, config: Config) -> None:

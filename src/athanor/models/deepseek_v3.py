@@ -126,18 +126,18 @@ class Config(decoder.Config):
     @classmethod
     def from_hf(cls, values: Mapping[str, Any]) -> Config:
         """From the fields of config.json. Raises CheckpointError for what this file does not compute."""
-        fields = Fields(values, "deepseek_v3")
+        fields = Fields(values, "deepseek_v3", _ALIASES)
         for name, known in _ONLY.items():
             fields.only(name, known)
         return cls(
-            **decoder.common(fields, 4096) | {"head_dim": fields.int("qk_rope_head_dim", 64)},
-            query_rank=fields.int("q_lora_rank", None) if "q_lora_rank" in values else 1536,
-            latent_rank=fields.int("kv_lora_rank", 512),
-            nope_dim=fields.int("qk_nope_head_dim", 128),
-            value_dim=fields.int("v_head_dim", 128),
+            **decoder.common(fields, 4096) | {"head_dim": fields.width("qk_rope_head_dim", 64)},
+            query_rank=fields.width("q_lora_rank", None) if "q_lora_rank" in values else 1536,
+            latent_rank=fields.width("kv_lora_rank", 512),
+            nope_dim=fields.width("qk_nope_head_dim", 128),
+            value_dim=fields.width("v_head_dim", 128),
             attention_bias=fields.bool("attention_bias", False),
             interleaved=fields.bool("rope_interleave", True),
-            n_experts=fields.int("n_routed_experts", 256),
+            n_experts=fields.count("n_routed_experts", 256),
             top_k=fields.int("num_experts_per_tok", 8),
             d_expert=fields.int("moe_intermediate_size", 2048),
             n_shared=fields.int("n_shared_experts", 1),
@@ -146,10 +146,11 @@ class Config(decoder.Config):
             normalise=fields.bool("norm_topk_prob", True),
             scale=fields.float("routed_scaling_factor", 2.5),
             first_dense=fields.int("first_k_dense_replace", 3),
-            n_ahead=fields.int("num_nextn_predict_layers", 0),
+            n_ahead=fields.count("num_nextn_predict_layers", 0),
         )
 
 
+_ALIASES = {"num_local_experts": "n_routed_experts", "num_mtp_layers": "num_nextn_predict_layers"}
 # Fields that can say something else in files of relatives.
 _ONLY = {"hidden_act": "silu", "scoring_func": "sigmoid", "topk_method": "noaux_tc", "moe_layer_freq": 1}
 

@@ -83,7 +83,8 @@ class Config(decoder.Layered):
             "query_pre_attn_scalar": self.query_scale,
             "attn_logit_softcapping": self.attention_softcap,
             "final_logit_softcapping": self.output_softcap,
-            "sliding_window": self.window,
+            # transformers makes the mask of layers that slide even where there are none.
+            "sliding_window": self.max_positions if self.window is None else self.window,
             "layer_types": list(self.layer_types),
             "attention_bias": False,
         }
@@ -91,7 +92,13 @@ class Config(decoder.Layered):
     @classmethod
     def from_hf(cls, values: Mapping[str, Any]) -> Config:
         """From the fields of config.json. Raises CheckpointError for what this file does not compute."""
-        version = {name: number for number, (name, _) in _NAMES.items()}[values.get("model_type", "gemma2")]
+        model_type = values.get("model_type", "gemma2")
+        if model_type not in MODEL_TYPES:
+            raise CheckpointError(
+                f"config.json: model_type is {model_type!r}, and Gemma 1 is not supported (only {' and '.join(MODEL_TYPES)} are):"
+                " use another checkpoint"
+            )
+        version = 2 if model_type == "gemma2" else 3
         fields = Fields(values, _NAMES[version][0])
         fields.only("hidden_activation", "gelu_pytorch_tanh")
         fields.only("attention_bias", False)
@@ -108,12 +115,15 @@ class Config(decoder.Layered):
         if version == 3 and caps[0] is not None:
             fields.only("attn_logit_softcapping", None)
         shape = decoder.common(Fields(values, _NAMES[version][0]), 8192 if version == 2 else 131072)
-        shape |= {"head_dim": fields.int("head_dim", 256), "tied": fields.bool("tie_word_embeddings", True)}
+        shape |= {"head_dim": fields.width("head_dim", 256), "tied": fields.bool("tie_word_embeddings", True)}
         n, every = shape["n_layers"], 2 if version == 2 else fields.int("sliding_window_pattern", 6)
+        if every < 1:
+            raise CheckpointError(f"config.json: sliding_window_pattern is {every} and must be at least 1: 6 is usual")
         kinds = decoder.layers_of(fields, tuple(SLIDING if (i + 1) % every else FULL for i in range(n)))
+        window = fields.int("sliding_window", None) if "sliding_window" in values else 4096
         return cls(
             **shape,
-            window=fields.int("sliding_window", 4096),
+            window=window if SLIDING in kinds else None,
             layer_types=kinds,
             version=version,
             query_scale=fields.int("query_pre_attn_scalar", 256),
@@ -133,14 +143,22 @@ def _global_rope(values: Mapping[str, Any], fields: Fields) -> tuple[float, Mapp
                 " copy it again"
             )
     wide, near = (Fields(both, "gemma3_text").table(name, {}) for name in (FULL, SLIDING))
-    if near.get("rope_type", "default") != "default":
+    sliding = Fields({"rope_parameters": near}, "gemma3_text").rope(fields.float("rope_local_base_freq", 10_000.0))
+    local = sliding.pop("rope_theta")
+    if sliding["rope_type"] != "default":
         raise CheckpointError(
-            f"config.json: rope_parameters scales {SLIDING} by {near['rope_type']!r}, which is not supported for gemma3_text"
+            f"config.json: rope_parameters scales {SLIDING} by {sliding['rope_type']!r}, which is not supported for gemma3_text"
             " (only 'default' is): use another checkpoint"
         )
-    local = Fields(near, "gemma3_text").float("rope_theta", fields.float("rope_local_base_freq", 10_000.0))
-    wide = {"rope_theta": fields.float("rope_theta", 1_000_000.0)} | fields.table("rope_scaling", {}) | wide
-    return local, {**values, "rope_parameters": wide, "rope_scaling": None}
+    decoder.scaling(sliding, None, 0)  # refuses what plain frequencies have no use for
+    old = fields.table("rope_scaling", {})
+    if old.get("type", "default") != "default" and "rope_type" not in old:
+        raise CheckpointError(
+            f"config.json: rope_scaling has the type {old['type']!r}, which transformers passes over in a gemma3_text: call the"
+            " field rope_type, or leave rope_scaling out"
+        )
+    settled = Fields({**values, "rope_parameters": wide}, "gemma3_text").rope(1_000_000.0)
+    return local, {**values, "rope_parameters": settled, "rope_scaling": None}
 
 
 _TINY = Config(320, 32, 2, 4, 2, 48, 128, 10_000.0, 1e-6, head_dim=16, window=5, layer_types=(SLIDING, FULL))

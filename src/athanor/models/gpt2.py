@@ -96,16 +96,16 @@ class Config:
     @classmethod
     def from_hf(cls, values: Mapping[str, Any]) -> Config:
         """From the fields of config.json. Raises CheckpointError for what this file does not compute."""
-        fields = Fields(values, "gpt2")
+        fields = Fields(values, "gpt2", _ALIASES)
         fields.only("activation_function", "gelu_new", *ACTIVATIONS)
         fields.only("scale_attn_weights", True)
         for name in ("scale_attn_by_inverse_layer_idx", "reorder_and_upcast_attn", "add_cross_attention"):
             fields.only(name, False)
         return cls(
             fields.int("vocab_size"),
-            fields.int("n_embd"),
-            fields.int("n_layer"),
-            fields.int("n_head"),
+            fields.width("n_embd"),
+            fields.count("n_layer"),
+            fields.count("n_head"),
             fields.int("n_positions", 1024),
             fields.int("n_inner", 0),
             fields.float("layer_norm_epsilon", 1e-5),
@@ -113,6 +113,11 @@ class Config:
             fields.bool("tie_word_embeddings", True),
         )
 
+
+_ALIASES = {
+    "hidden_size": "n_embd", "num_hidden_layers": "n_layer", "num_attention_heads": "n_head",
+    "max_position_embeddings": "n_positions",
+}  # fmt: skip
 
 _TINY = Config(320, 32, 2, 4, 128)
 

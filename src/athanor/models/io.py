@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import re
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Callable, Mapping, Sequence, Set
 from pathlib import Path
 from types import ModuleType
 from typing import Any, Protocol
@@ -17,6 +17,7 @@ from athanor.core.errors import CheckpointError, ConfigError, PluginError, neare
 from athanor.core.weights import Weights, open_weights, save_sharded
 from athanor.models import heads
 from athanor.models.base import EncoderDecoder, LanguageModel, TokenIds
+from athanor.models.fields import Fields
 from athanor.models.keys import entry
 
 WEIGHTS = "model.safetensors"
@@ -24,7 +25,7 @@ _SHOWN = 6  # names listed in an error before it says how many more there are
 _TOKENS = ("bos_token_id", "eos_token_id", "pad_token_id", "decoder_start_token_id", "forced_bos_token_id")
 _SHARD = 5_000_000_000  # bytes
 # Fields of config.json that a folder written anew must not inherit.
-_OWN = ("quantization_config", "auto_map", "transformers_version", "_name_or_path", "torch_dtype")
+_OWN = ("quantization_config", "auto_map", "transformers_version", "_name_or_path", "torch_dtype", "transformers_weights")
 
 
 class Layout(Protocol):
@@ -151,8 +152,36 @@ def read_config(folder: Path) -> dict[str, Any]:
     return fields
 
 
+def _check_ids(model: LanguageModel, fields: Mapping[str, Any], folder: Path) -> None:
+    """Refuse ids outside the vocabulary where text is generated with them: they are fed, or their logits are set.
+
+    Published files have such ids for padding, which is only ever masked, and where there is no text to generate.
+    """
+    ids, size = model.token_ids, model.config.vocab_size
+    begins = "decoder_start_token_id" if fields.get("decoder_start_token_id") is not None else "pad_token_id"
+    used: list[tuple[str, int | None]] = []
+    if model.kind in ("decoder", "encoder_decoder") and model.task == "lm":
+        used += [("bos_token_id", ids.bos), *(("eos_token_id", x) for x in ids.eos)]
+    if model.kind == "encoder_decoder":
+        used += [(begins, ids.decoder_start), ("forced_bos_token_id", ids.forced_bos)]
+    for name, value in used:
+        if value is not None and value >= size:
+            raise CheckpointError(
+                f"{folder}: {name} is {value} and must be below vocab_size ({size}), since text is generated with it: correct it"
+                " in config.json and in generation_config.json, or leave it out"
+            )
+
+
 def _config(module: ModuleType, fields: Mapping[str, Any], folder: Path) -> Any:
     try:
+        if module.Model.kind in ("decoder", "encoder_decoder"):
+            Fields(fields, fields["model_type"]).only("is_causal", True)  # false makes any decoder of transformers see ahead
+        weights = fields.get("transformers_weights")
+        if weights not in (None, WEIGHTS):
+            raise CheckpointError(
+                f"config.json: transformers_weights is {weights!r}, and weights are read from {WEIGHTS}: rename the file, and"
+                " leave the field out"
+            )
         return module.Config.from_hf(fields)
     except CheckpointError as error:
         raise CheckpointError(f"{folder}/{error}") from error
@@ -212,7 +241,13 @@ def _open(
         module = architecture(fields["model_type"])
     except PluginError as error:
         raise CheckpointError(f"{folder}/config.json: {error}") from error
-    model: LanguageModel = build(fields["model_type"], _config(module, fields, folder))
+    config = _config(module, fields, folder)
+    try:
+        model: LanguageModel = build(fields["model_type"], config)
+    except RuntimeError as error:  # torch's, of a tensor whose bytes are more than it can count
+        raise CheckpointError(
+            f"{folder}/config.json describes a {fields['model_type']} that no memory holds ({error}): copy it again"
+        ) from error
     model.token_ids, model.fields = _token_ids(fields | _generation(folder)), fields
     try:
         with torch.device("meta"):
@@ -221,9 +256,12 @@ def _open(
         raise CheckpointError(f"{folder}/{error}") from error
     weights = open_weights(folder, pickled=pickled)
     names = _Names(model, weights, folder)
+    tied = model.tied_keys()
     with torch.device("meta"):
         model.become(_architecture_named(fields), names.__contains__)
     names.tied = dict(model.tied_keys())
+    names.headless = names.tied.keys() - tied.keys(), _architecture_named(fields)
+    _check_ids(model, fields, folder)
     layout = prepare(model, fields) if prepare else None
     expected = model.to_hf(model.state_dict())
     _check(names, layout.encode(expected) if layout else expected, folder)
@@ -245,6 +283,7 @@ class _Names:
     def __init__(self, model: LanguageModel, weights: Weights, folder: Path) -> None:
         self._weights = weights
         self.tied: dict[str, str] = {}
+        self.headless: tuple[Set[str], str] = frozenset(), ""  # outputs that the architecture named has no use for
         harmless = re.compile("|".join(f"(?:{x})" for x in model.harmless) or r"(?!)")
         there = {_renamed(name, model.renamed): name for name in weights if not harmless.fullmatch(name)}
         if len(there) < sum(not harmless.fullmatch(name) for name in weights):
@@ -273,7 +312,12 @@ class _Names:
         for twin, original in self.tied.items():
             if twin in self.theirs and twin not in expected and original in self.theirs:
                 if self.shape(twin) != self.shape(original) or not torch.equal(self.read(twin), self.read(original)):
-                    problems.append(f"{twin} differs from {original}, and config.json says that they are tied")
+                    untied, name = self.headless
+                    problems.append(
+                        f"{twin} is an output of its own, and architectures in config.json names {name!r}, which has none"
+                        if twin in untied
+                        else f"{twin} differs from {original}, and config.json says that they are tied"
+                    )
                 del self.theirs[twin]
         return problems
 
@@ -296,6 +340,12 @@ def _check(names: _Names, expected: Mapping[str, Tensor], folder: Path) -> None:
     if missing:
         problems.append("missing: " + _listed(missing))
     unexpected = sorted(names.theirs.keys() - expected.keys())
+    stacked = [name for name in unexpected if name.endswith("mlp.experts.gate_up_proj")]
+    if stacked:
+        raise CheckpointError(
+            f"{folder}: {stacked[0]} holds all experts in one tensor, and experts are read as modules of their own, as they are"
+            " published: save the model with transformers' save_pretrained(..., save_original_format=True)"
+        )
     if unexpected:
         problems.append("unexpected: " + _listed(unexpected))
     misshaped = [

@@ -47,14 +47,15 @@ class Config(decoder.Windowed):
     @classmethod
     def from_hf(cls, values: Mapping[str, Any]) -> Config:
         """From the fields of config.json. Raises CheckpointError for what this file does not compute."""
-        fields = Fields(values, "mixtral")
+        fields = Fields(values, "mixtral", {"num_experts": "num_local_experts"})
         fields.only("hidden_act", "silu")
+        fields.only("layer_types", None)
         fields.only("router_jitter_noise", 0.0)
-        shape = decoder.common(fields, 131072) | {"norm_eps": fields.float("rms_norm_eps", 1e-5)}
+        shape = decoder.common(fields, 131072, 1_000_000.0) | {"norm_eps": fields.float("rms_norm_eps", 1e-5)}
         return cls(
             **shape,
             window=fields.int("sliding_window", None),
-            n_experts=fields.int("num_local_experts", 8),
+            n_experts=fields.count("num_local_experts", 8),
             top_k=fields.int("num_experts_per_tok", 2),
             balance_loss=fields.float("router_aux_loss_coef", 0.001),
         )

@@ -35,9 +35,9 @@ class Config(decoder.Layered):
         """From the fields of config.json. Raises CheckpointError for what this file does not compute."""
         fields = Fields(values, "qwen3")
         fields.only("hidden_act", "silu")
-        shape = decoder.common(fields, 32768) | {"head_dim": fields.int("head_dim", 128)}
+        shape = decoder.common(fields, 32768) | {"head_dim": fields.width("head_dim", 128)}
         bias = fields.bool("attention_bias", False)
-        return cls(**shape, **windows(fields, shape["n_layers"]), attention_bias=bias)
+        return cls(**shape, **windows(fields, values, shape["n_layers"]), attention_bias=bias)
 
 
 _TINY = Config(320, 32, 2, 4, 2, 48, 128, 1_000_000.0, 1e-6, head_dim=16)

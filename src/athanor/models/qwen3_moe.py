@@ -13,6 +13,7 @@ from athanor.models import decoder
 from athanor.models.fields import Fields
 from athanor.models.keys import Entry
 from athanor.models.mixtral import check_experts, expert_keys
+from athanor.models.qwen2 import window_of
 from athanor.nn import moe
 from athanor.nn.attention import Attention
 from athanor.nn.feedforward import GatedFeedForward
@@ -79,16 +80,17 @@ class Config(decoder.Windowed):
     @classmethod
     def from_hf(cls, values: Mapping[str, Any]) -> Config:
         """From the fields of config.json. Raises CheckpointError for what this file does not compute."""
-        fields = Fields(values, "qwen3_moe")
+        fields = Fields(values, "qwen3_moe", {"num_local_experts": "num_experts"})
         fields.only("hidden_act", "silu")
+        fields.only("layer_types", None)
         dense = fields.get("mlp_only_layers", [])
         if not isinstance(dense, list) or not all(type(x) is int for x in dense):
             raise CheckpointError(f"config.json: mlp_only_layers is {dense!r} and must be a list of layers: copy it again")
         return cls(
             **decoder.common(fields, 32768),
-            window=fields.int("sliding_window", 4096) if fields.bool("use_sliding_window", False) else None,
+            window=window_of(fields, values),
             attention_bias=fields.bool("attention_bias", False),
-            n_experts=fields.int("num_experts", fields.int("num_local_experts", 128)),
+            n_experts=fields.count("num_experts", 128),
             top_k=fields.int("num_experts_per_tok", 8),
             d_expert=fields.int("moe_intermediate_size", 768),
             normalise=fields.bool("norm_topk_prob", False),

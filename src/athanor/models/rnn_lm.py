@@ -78,7 +78,7 @@ class Config:
         return cls(
             fields.int("vocab_size"),
             fields.int("hidden_size"),
-            fields.int("num_hidden_layers"),
+            fields.count("num_hidden_layers"),
             fields.str("cell"),
             fields.int("embedding_size", 0),
             fields.bool("tie_word_embeddings", True),

@@ -106,14 +106,14 @@ class Config(t5.Config):
     @classmethod
     def from_hf(cls, values: Mapping[str, Any]) -> Config:
         """From the fields of config.json. Raises CheckpointError for what this file does not compute."""
-        fields = Fields(values, "switch_transformers")
+        fields = Fields(values, "switch_transformers", t5.ALIASES)
         fields.only("dense_act_fn", *_ACTIVATIONS)
         fields.only("router_dtype", "float32")
         fields.only("tie_word_embeddings", True)  # transformers leaves even the two stacks' embeddings apart otherwise
         config = cls(
             **t5.common(fields),
             feed_forward=fields.str("dense_act_fn", "relu"),
-            n_experts=fields.int("num_experts", 8),
+            n_experts=fields.count("num_experts", 8),
             capacity=fields.int("expert_capacity", 64),
             n_sparse_layers=fields.int("num_sparse_encoder_layers", 3),
             n_sparse_decoder_layers=fields.int("num_sparse_decoder_layers", 3),

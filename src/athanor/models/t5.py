@@ -110,22 +110,26 @@ class Config:
     @classmethod
     def from_hf(cls, values: Mapping[str, Any]) -> Config:
         """From the fields of config.json. Raises CheckpointError for what this file does not compute."""
-        fields = Fields(values, "t5")
+        fields = Fields(values, "t5", ALIASES | {"head_dim": "d_kv"})
         fields.only("feed_forward_proj", *_FEED_FORWARD)
         # transformers 5 writes the field as true always, and whether the result is scaled beside it.
         tied = fields.bool("scale_decoder_outputs", fields.bool("tie_word_embeddings", True))
         return cls(**common(fields), feed_forward=fields.str("feed_forward_proj", "relu"), tied=tied)
 
 
+# Of T5 and Switch Transformers.
+ALIASES = {"hidden_size": "d_model", "num_hidden_layers": "num_layers", "num_attention_heads": "num_heads"}
+
+
 def common(fields: Fields) -> dict[str, Any]:
     """The arguments of `Config` from the fields that T5 and Switch Transformers have in common."""
     return {
         "vocab_size": fields.int("vocab_size"),
-        "d_model": fields.int("d_model"),
-        "n_layers": fields.int("num_layers"),
-        "n_decoder_layers": fields.int("num_decoder_layers", 0),
-        "n_heads": fields.int("num_heads"),
-        "head_dim": fields.int("d_kv"),
+        "d_model": fields.width("d_model"),
+        "n_layers": fields.count("num_layers"),
+        "n_decoder_layers": fields.count("num_decoder_layers", 0),
+        "n_heads": fields.count("num_heads"),
+        "head_dim": fields.width("d_kv"),
         "d_ff": fields.int("d_ff"),
         "n_buckets": fields.int("relative_attention_num_buckets", 32),
         "max_distance": fields.int("relative_attention_max_distance", 128),

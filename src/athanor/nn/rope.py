@@ -299,7 +299,8 @@ def scaling(values: Mapping[str, Any]) -> Scaling | None:
 
     Raises ConfigError for an unknown `rope_type`, and for fields that are unknown, missing or out of range.
     """
-    given = {name: value for name, value in values.items() if value is not None}
+    # null counts as absent, but for what is true where it is absent: null is false to transformers.
+    given = {name: value for name, value in values.items() if value is not None or name == "truncate"}
     kind = given.pop("rope_type", "default")
     if kind == "default":
         known: list[str] = []
