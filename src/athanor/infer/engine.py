@@ -91,7 +91,8 @@ class Engine:
         if step_tokens < 1:
             raise ConfigError(f"step_tokens ({step_tokens}) must be at least 1")
         self.tokenizer = tokenizer
-        self.end_ids = frozenset(model.token_ids.eos) or frozenset(() if tokenizer.end_id is None else (tokenizer.end_id,))
+        ends = model.token_ids.eos or (() if tokenizer.end_id is None else (tokenizer.end_id,))
+        self.end_ids = frozenset(id for id in ends if id < model.config.vocab_size)  # the others are never generated
         self._context, self.max_len = context, max_len or self._fitting(model, context, precision, cache_tokens)
         self.vocab_size = model.config.vocab_size
         self._start: tuple[int, ...] = ()  # what answers begin with, where the prompt is a source
