@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import functools
 import re
 from collections.abc import Callable, Mapping, Sequence
 from pathlib import Path
@@ -174,12 +175,14 @@ def load(
         folder: with config.json and model.safetensors, or its parts and their index.
         prepare: called with the model (no weights yet) and the config fields, to exchange modules before weights are read;
             returns how the file holds them.
-        dtype: of the weights, floating; as in the file by default.
+        dtype: of the weights, floating; as in the file by default. Weights of several dtypes get one: that which config.json
+            names if some have it, else one that holds them all. What a family computes with in float32 is not rounded
+            (`LanguageModel.exact`).
         pickled: whether to read pytorch_model.bin too.
 
     Raises:
         CheckpointError: damaged files; tensors missing, unexpected, misshaped or not what they must be (each is listed);
-            an unknown architecture.
+            an unknown architecture; float16 for a family whose numbers leave its range.
     """
     model, names, layout = _open(folder, prepare, pickled)
     if layout:
@@ -187,7 +190,7 @@ def load(
         decoded = layout.decode({name: names.read(name) for name in expected})
         state = model.from_hf(decoded)
     else:
-        state = model.fill(names.read, lambda name: dtype or names.dtype(name))
+        state = model.fill(names.read, _dtypes(model, names, folder, dtype))
     model.load_state_dict(state, assign=True)
     assert not any(x.is_meta for x in (*model.parameters(), *model.buffers())), "a buffer that no file holds has no device"
     return model.eval()
@@ -200,8 +203,25 @@ def skeleton(
     model, names, layout = _open(folder, prepare, pickled)
     if not layout:
         with torch.device("meta"):
-            model.load_state_dict(model.fill(lambda name, out: None, names.dtype), assign=True)
+            model.load_state_dict(model.fill(lambda name, out: None, _dtypes(model, names, folder, None)), assign=True)
     return model.eval()
+
+
+def _dtypes(model: LanguageModel, names: _Names, folder: Path, dtype: torch.dtype | None) -> Callable[[str], torch.dtype]:
+    """Of a tensor's name its dtype in memory: one for all that are multiplied with each other; see `load`."""
+    exact = re.compile("|".join(f"(?:{x})" for x in model.exact) or r"(?!)")
+    found = {names.dtype(name) for name in names.theirs if not exact.fullmatch(name)}
+    chosen = dtype
+    if chosen is None:
+        said = model.fields.get("dtype") or model.fields.get("torch_dtype")
+        named = [kind for kind in found if str(kind) == f"torch.{said}"]
+        chosen = named[0] if named else functools.reduce(torch.promote_types, found)
+    if chosen == torch.float16 and not model.float16:
+        raise CheckpointError(
+            f"{folder}: the dtype is float16, whose range the numbers of a {model.model_type} leave: load it with"
+            " dtype=torch.bfloat16 or torch.float32 (athanor import --dtype bfloat16)"
+        )
+    return lambda name: torch.promote_types(chosen, names.dtype(name)) if exact.fullmatch(name) else chosen
 
 
 def _open(

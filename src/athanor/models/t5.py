@@ -181,6 +181,7 @@ class Model(EncoderDecoder):
 
     model_type = "t5"
     harmless = (r"decoder\.block\.0\.layer\.1\.EncDecAttention\.relative_attention_bias\.weight",)
+    float16 = False  # transformers clamps what the blocks add, and keeps half of each feed-forward block in float32
     config: Config
 
     def __init__(self, config: Config) -> None:
