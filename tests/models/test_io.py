@@ -154,6 +154,13 @@ print((resident("VmHWM") - before) / weights, weights)
 """
 
 
+@pytest.mark.parametrize(("said", "eos"), [({}, (7,)), ({"eos_token_id": None}, (7,)), ({"eos_token_id": [5, 9]}, (5, 9))])
+def test_an_end_of_text_that_generation_config_lacks_is_that_of_config(folder, edit, said, eos):
+    edit(eos_token_id=7)
+    (folder / "generation_config.json").write_text(json.dumps(said))
+    assert io.load(folder).token_ids.eos == eos
+
+
 def half(*wide, base=torch.bfloat16):
     """Tensors in `base`, but those whose name has one of `wide` in it."""
     return lambda tensors: {k: v if any(w in k for w in wide) else v.to(base) for k, v in tensors.items()}

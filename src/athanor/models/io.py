@@ -251,7 +251,10 @@ def _open(
 
 
 def _generation(folder: Path) -> dict[str, Any]:
-    """What generation_config.json says of token ids: transformers goes by it where it is there."""
+    """What generation_config.json says of token ids: transformers goes by it where it is there.
+
+    Of what it lacks transformers knows nothing, and never stops without an end of text; here config.json is asked.
+    """
     path = folder / "generation_config.json"
     fields = io.read_json(path) if path.is_file() else {}
     if not isinstance(fields, dict):
@@ -312,7 +315,7 @@ def _architecture_named(fields: Mapping[str, Any]) -> str:
 def _check(names: _Names, expected: Mapping[str, Tensor], folder: Path) -> None:
     problems = names.tied_twins(expected)
     both = sorted(expected.keys() & names.theirs.keys())
-    missing = sorted(expected.keys() - names.theirs.keys())
+    missing = sorted(k for k in expected.keys() - names.theirs.keys() if names.tied.get(k) not in names.theirs)
     if missing:
         problems.append("missing: " + _listed(missing))
     unexpected = sorted(names.theirs.keys() - expected.keys())
