@@ -21,6 +21,9 @@ from athanor.nn.cache import KV
 from athanor.nn.context import Context
 from athanor.nn.feedforward import ACTIVATIONS, FeedForward
 
+# Other names of fields in files of BART and Pegasus.
+ALIASES = {"hidden_size": "d_model", "num_attention_heads": "encoder_attention_heads", "num_hidden_layers": "encoder_layers"}
+
 
 @dataclass(frozen=True)
 class Config:
@@ -98,9 +101,9 @@ def common(fields: Fields) -> dict[str, Any]:
         "n_layers": fields.int("encoder_layers"),
         "n_heads": fields.int("encoder_attention_heads"),
         "d_ff": fields.int("encoder_ffn_dim"),
-        "n_decoder_layers": fields.int("decoder_layers", 0),
-        "n_decoder_heads": fields.int("decoder_attention_heads", 0),
-        "d_decoder_ff": fields.int("decoder_ffn_dim", 0),
+        "n_decoder_layers": fields.int("decoder_layers"),
+        "n_decoder_heads": fields.int("decoder_attention_heads"),
+        "d_decoder_ff": fields.int("decoder_ffn_dim"),
         "max_positions": fields.int("max_position_embeddings", 1024),
         "activation": fields.str("activation_function", "gelu"),
         "scaled": fields.bool("scale_embedding", False),

@@ -35,7 +35,7 @@ class Config(_seq2seq.Config):
     @classmethod
     def from_hf(cls, values: Mapping[str, Any]) -> Config:
         """From the fields of config.json. Raises CheckpointError for what this file does not compute."""
-        fields = Fields(values, "bart")
+        fields = Fields(values, "bart", _seq2seq.ALIASES)
         for name in ("normalize_before", "add_final_layer_norm"):
             fields.only(name, False)
         fields.only("normalize_embedding", True)

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Mapping
+from types import MappingProxyType
 from typing import Any
 
 from athanor.core.errors import CheckpointError
@@ -16,10 +17,21 @@ class Fields:
     Args:
         values: as parsed.
         model_type: for messages.
+        aliases: other names of fields -> the names that are asked for. transformers lets the other name win, so a file that has
+            both must say the same in both; CheckpointError otherwise.
     """
 
-    def __init__(self, values: Mapping[str, Any], model_type: str) -> None:
-        self._values, self._type = values, model_type
+    def __init__(self, values: Mapping[str, Any], model_type: str, aliases: Mapping[str, str] = MappingProxyType({})) -> None:
+        self._values, self._type = dict(values), model_type
+        for other, name in aliases.items():
+            if other not in values:
+                continue
+            if name in values and values[name] != values[other]:
+                raise CheckpointError(
+                    f"config.json: {other} is {values[other]!r} and {name}, which means the same in a {model_type}, is"
+                    f" {values[name]!r}: remove the one that is wrong"
+                )
+            self._values[name] = values[other]
 
     def get(self, name: str, default: Any = _MISSING) -> Any:
         """Whatever is there; null counts as absent. Raises CheckpointError when it is absent and there is no default."""

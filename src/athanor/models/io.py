@@ -246,7 +246,9 @@ def _open(
     names.tied = dict(model.tied_keys())
     layout = prepare(model, fields) if prepare else None
     expected = model.to_hf(model.state_dict())
-    _check(names, layout.encode(expected) if layout else expected, folder)
+    unsaid = isinstance(model, heads.Headed) and model.task != "question" and not {"id2label", "num_labels"} & fields.keys()
+    hint = " (config.json has neither id2label nor num_labels, so there are 2 labels: add one)" if unsaid else ""
+    _check(names, layout.encode(expected) if layout else expected, folder, hint)
     return model, names, layout
 
 
@@ -312,7 +314,7 @@ def _architecture_named(fields: Mapping[str, Any]) -> str:
     return named[0] if isinstance(named, list) and named and isinstance(named[0], str) else ""
 
 
-def _check(names: _Names, expected: Mapping[str, Tensor], folder: Path) -> None:
+def _check(names: _Names, expected: Mapping[str, Tensor], folder: Path, hint: str) -> None:
     problems = names.tied_twins(expected)
     both = sorted(expected.keys() & names.theirs.keys())
     missing = sorted(k for k in expected.keys() - names.theirs.keys() if names.tied.get(k) not in names.theirs)
@@ -325,7 +327,7 @@ def _check(names: _Names, expected: Mapping[str, Tensor], folder: Path) -> None:
         f"{k} is {names.shape(k)} and must be {tuple(expected[k].shape)}" for k in both if names.shape(k) != expected[k].shape
     ]
     if misshaped:
-        problems.append("misshaped: " + _listed(misshaped))
+        problems.append("misshaped: " + _listed(misshaped) + hint)
     mistyped = [
         f"{k} is {names.dtype(k)} and must be like {expected[k].dtype}"
         for k in both

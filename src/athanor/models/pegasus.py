@@ -31,7 +31,7 @@ class Config(bart.Config):
     @classmethod
     def from_hf(cls, values: Mapping[str, Any]) -> Config:
         """From the fields of config.json. Raises CheckpointError for what this file does not compute."""
-        fields = Fields(values, "pegasus")
+        fields = Fields(values, "pegasus", _seq2seq.ALIASES)
         fields.only("normalize_before", True)
         fields.only("add_final_layer_norm", True)
         fields.only("normalize_embedding", False)

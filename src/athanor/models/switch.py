@@ -106,7 +106,7 @@ class Config(t5.Config):
     @classmethod
     def from_hf(cls, values: Mapping[str, Any]) -> Config:
         """From the fields of config.json. Raises CheckpointError for what this file does not compute."""
-        fields = Fields(values, "switch_transformers")
+        fields = Fields(values, "switch_transformers", t5.ALIASES)
         fields.only("dense_act_fn", *_ACTIVATIONS)
         fields.only("router_dtype", "float32")
         fields.only("tie_word_embeddings", True)  # transformers leaves even the two stacks' embeddings apart otherwise

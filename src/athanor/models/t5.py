@@ -5,6 +5,7 @@ Legend: B batch, S time of a source, T of an answer, D width (d_model), V vocabu
 
 from __future__ import annotations
 
+import re
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, replace
 from typing import Any
@@ -32,6 +33,8 @@ _FEED_FORWARD = {
     "gated-silu": (True, "silu"),
     "gated-relu": (True, "relu"),
 }
+# Other names of fields in files of T5 and Switch Transformers.
+ALIASES = {"hidden_size": "d_model", "num_attention_heads": "num_heads", "num_hidden_layers": "num_layers"}
 
 
 @dataclass(frozen=True)
@@ -110,15 +113,26 @@ class Config:
     @classmethod
     def from_hf(cls, values: Mapping[str, Any]) -> Config:
         """From the fields of config.json. Raises CheckpointError for what this file does not compute."""
-        fields = Fields(values, "t5")
+        fields = Fields(values, "t5", ALIASES | {"head_dim": "d_kv"})
         fields.only("feed_forward_proj", *_FEED_FORWARD)
-        # transformers 5 writes the field as true always, and whether the result is scaled beside it.
-        tied = fields.bool("scale_decoder_outputs", fields.bool("tie_word_embeddings", True))
-        return cls(**common(fields), feed_forward=fields.str("feed_forward_proj", "relu"), tied=tied)
+        feed_forward = fields.str("feed_forward_proj", "relu")
+        gated, activation = _FEED_FORWARD[feed_forward]
+        for name, said in (("dense_act_fn", activation), ("is_gated_act", gated)):
+            if fields.get(name, said) != said:
+                raise CheckpointError(
+                    f"config.json: {name} is {fields.get(name)!r} and must be {said!r} where feed_forward_proj is"
+                    f" {feed_forward!r} (or absent, for 'relu'): remove the one that is wrong"
+                )
+        tied = fields.bool("tie_word_embeddings", True)
+        if "scale_decoder_outputs" in values:  # transformers 5 writes the other as true always, and reads null here as false
+            tied = fields.bool("scale_decoder_outputs", False)
+        return cls(**common(fields), feed_forward=feed_forward, tied=tied)
 
 
 def common(fields: Fields) -> dict[str, Any]:
     """The arguments of `Config` from the fields that T5 and Switch Transformers have in common."""
+    if not re.search("EncoderModel|ForTokenClassification", str(fields.get("architectures", ""))):  # they have no decoder
+        fields.only("is_encoder_decoder", True)
     return {
         "vocab_size": fields.int("vocab_size"),
         "d_model": fields.int("d_model"),
