@@ -13,6 +13,7 @@ from safetensors.torch import load_file, save_file
 from athanor.core.errors import CheckpointError, ConfigError
 from athanor.core.io import read_json, write_json
 from athanor.models import bert, io, roberta
+from athanor.models.base import TokenIds
 from athanor.nn.context import Bidirectional, Packed, Padded
 from tests.models.reference import (
     config_of,
@@ -210,6 +211,17 @@ def test_padding_within_a_text_is_not_counted(tmp_path, config):
         seen = mask.bool()
         found = ours.logits(ours.hidden(ids, Padded(mask, causal=False)))
         assert greatest(found[seen], theirs(ids, attention_mask=mask).logits[seen]) <= 1e-5
+
+
+@pytest.mark.parametrize("config", [ROBERTA, LONGFORMER], ids=["roberta", "longformer"])
+def test_the_padding_that_positions_are_counted_by_is_not_the_tokenizers(tmp_path, config):
+    model = io.build(config.variant, config, seed=0).eval()
+    model.token_ids = TokenIds(bos=1, eos=(2,), pad=0)  # as those of the house's tokenizers
+    io.save(model, tmp_path)
+    again = io.load(tmp_path)
+    ids = random_ids(config, 2, 9)
+    with torch.no_grad():
+        assert again.config == config and torch.equal(again(ids), model(ids))
 
 
 def test_segments_are_the_first_unless_told(tmp_path):

@@ -14,6 +14,7 @@ from athanor.core import plugins
 from athanor.core.errors import CheckpointError
 from athanor.core.weights import save_sharded
 from athanor.models import deepseek_v3, io, llama
+from athanor.models.base import TokenIds
 from tests.models.reference import greatest, inputs, logits, random_ids, theirs_of
 
 
@@ -159,6 +160,14 @@ def test_an_end_of_text_that_generation_config_lacks_is_that_of_config(folder, e
     edit(eos_token_id=7)
     (folder / "generation_config.json").write_text(json.dumps(said))
     assert io.load(folder).token_ids.eos == eos
+
+
+@pytest.mark.parametrize("family", ["llama", "gpt2", "phi3"])
+def test_token_ids_come_back(tmp_path, family):
+    model = io.build(family, plugins.load("models", family).PRESETS["tiny"], seed=0)
+    model.token_ids = TokenIds(bos=4, eos=(5, 6), pad=7)
+    io.save(model, tmp_path)
+    assert io.load(tmp_path).token_ids == model.token_ids
 
 
 def half(*wide, base=torch.bfloat16):

@@ -106,10 +106,12 @@ def save(model: LanguageModel, folder: Path, extra: Mapping[str, Any] | None = N
     if layout:
         tensors = layout.encode(tensors)
     save_sharded(folder, {k: v.contiguous() for k, v in tensors.items()}, {"format": "pt"}, _SHARD)
-    fields = {k: v for k, v in model.fields.items() if k not in _OWN} | model.config.to_hf()
+    own = model.config.to_hf()
+    fields = {k: v for k, v in model.fields.items() if k not in _OWN} | own
     if model.fields.get("architectures"):
         fields["architectures"] = model.fields["architectures"]
-    ids = _token_fields(model.token_ids)
+    # An id that the config computes with (RoBERTa's padding, by which it counts positions) is no matter of the tokenizer.
+    ids = {name: value for name, value in _token_fields(model.token_ids).items() if own.get(name) is None}
     if model.token_ids.forced_bos is not None:  # transformers wants it beside config.json, not in it
         io.write_json(folder / "generation_config.json", ids)
         ids.pop(_TOKENS[-1])
