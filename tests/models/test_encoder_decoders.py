@@ -282,6 +282,13 @@ def test_shapes_that_are_none(config, fields, message):
             "feed_forward_proj is 'gated-mish', which is not supported for t5 (only 'relu'",
         ),
         (t5, T5, {"d_kv": None}, "config.json lacks 'd_kv', which a t5 needs"),
+        (bart, BART, {"normalize_before": True}, "normalize_before is True, which is not supported for bart (only False is)"),
+        (bart, BART, {"add_final_layer_norm": True}, "add_final_layer_norm is True, which is not supported for bart"),
+        (bart, BART, {"normalize_embedding": False}, "normalize_embedding is False, which is not supported for bart"),
+        (bart, BART, {"activation_function": "mish"}, "activation_function is 'mish', which is not supported for bart"),
+        (pegasus, PEGASUS, {"normalize_before": False}, "normalize_before is False, which is not supported for pegasus"),
+        (pegasus, PEGASUS, {"add_final_layer_norm": False}, "add_final_layer_norm is False, which is not supported for pegasus"),
+        (pegasus, PEGASUS, {"normalize_embedding": True}, "normalize_embedding is True, which is not supported for pegasus"),
         (
             t5,
             T5,
@@ -316,13 +323,6 @@ def test_shapes_that_are_none(config, fields, message):
             "num_hidden_layers is 1 and encoder_layers, which means the same in a pegas",
         ),
         (bart, BART, {"hidden_size": 64}, "hidden_size is 64 and d_model, which means the same in a bart, is 32: remove the one"),
-        (bart, BART, {"normalize_before": True}, "normalize_before is True, which is not supported for bart (only False is)"),
-        (bart, BART, {"add_final_layer_norm": True}, "add_final_layer_norm is True, which is not supported for bart"),
-        (bart, BART, {"normalize_embedding": False}, "normalize_embedding is False, which is not supported for bart"),
-        (bart, BART, {"activation_function": "mish"}, "activation_function is 'mish', which is not supported for bart"),
-        (pegasus, PEGASUS, {"normalize_before": False}, "normalize_before is False, which is not supported for pegasus"),
-        (pegasus, PEGASUS, {"add_final_layer_norm": False}, "add_final_layer_norm is False, which is not supported for pegasus"),
-        (pegasus, PEGASUS, {"normalize_embedding": True}, "normalize_embedding is True, which is not supported for pegasus"),
     ],
 )
 def test_configs_that_are_computed_otherwise(module, config, changed, message):

@@ -21,9 +21,6 @@ from athanor.nn.cache import KV
 from athanor.nn.context import Context
 from athanor.nn.feedforward import ACTIVATIONS, FeedForward
 
-# Other names of fields in files of BART and Pegasus.
-ALIASES = {"hidden_size": "d_model", "num_attention_heads": "encoder_attention_heads", "num_hidden_layers": "encoder_layers"}
-
 
 @dataclass(frozen=True)
 class Config:
@@ -90,6 +87,12 @@ class Config:
             "scale_embedding": self.scaled,
             "tie_word_embeddings": self.tied,
         }
+
+
+# Of BART and Pegasus.
+ALIASES = {
+    "hidden_size": "d_model", "num_hidden_layers": "encoder_layers", "num_attention_heads": "encoder_attention_heads",
+}  # fmt: skip
 
 
 def common(fields: Fields) -> dict[str, Any]:

@@ -33,8 +33,6 @@ _FEED_FORWARD = {
     "gated-silu": (True, "silu"),
     "gated-relu": (True, "relu"),
 }
-# Other names of fields in files of T5 and Switch Transformers.
-ALIASES = {"hidden_size": "d_model", "num_attention_heads": "num_heads", "num_hidden_layers": "num_layers"}
 
 
 @dataclass(frozen=True)
@@ -127,6 +125,10 @@ class Config:
         if "scale_decoder_outputs" in values:  # transformers 5 writes the other as true always, and reads null here as false
             tied = fields.bool("scale_decoder_outputs", False)
         return cls(**common(fields), feed_forward=feed_forward, tied=tied)
+
+
+# Of T5 and Switch Transformers.
+ALIASES = {"hidden_size": "d_model", "num_hidden_layers": "num_layers", "num_attention_heads": "num_heads"}
 
 
 def common(fields: Fields) -> dict[str, Any]:
