@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import functools
 import re
 from collections.abc import Callable, Mapping, Sequence
 from pathlib import Path
@@ -17,6 +16,7 @@ from athanor.core import io, plugins
 from athanor.core.errors import CheckpointError, ConfigError, PluginError, nearest
 from athanor.core.weights import Weights, open_weights, save_sharded
 from athanor.models import heads
+from athanor.models._dtypes import dtypes_of
 from athanor.models.base import EncoderDecoder, LanguageModel, TokenIds
 from athanor.models.keys import entry
 
@@ -192,7 +192,7 @@ def load(
         decoded = layout.decode({name: names.read(name) for name in expected})
         state = model.from_hf(decoded)
     else:
-        state = model.fill(names.read, _dtypes(model, names, folder, dtype))
+        state = model.fill(names.read, dtypes_of(model, names.dtypes(), folder, dtype))
     model.load_state_dict(state, assign=True)
     assert not any(x.is_meta for x in (*model.parameters(), *model.buffers())), "a buffer that no file holds has no device"
     return model.eval()
@@ -205,25 +205,8 @@ def skeleton(
     model, names, layout = _open(folder, prepare, pickled)
     if not layout:
         with torch.device("meta"):
-            model.load_state_dict(model.fill(lambda name, out: None, _dtypes(model, names, folder, None)), assign=True)
+            model.load_state_dict(model.fill(lambda name, out: None, dtypes_of(model, names.dtypes(), folder, None)), assign=True)
     return model.eval()
-
-
-def _dtypes(model: LanguageModel, names: _Names, folder: Path, dtype: torch.dtype | None) -> Callable[[str], torch.dtype]:
-    """Of a tensor's name its dtype in memory: one for all that are multiplied with each other; see `load`."""
-    exact = re.compile("|".join(f"(?:{x})" for x in model.exact) or r"(?!)")
-    found = {names.dtype(name) for name in names.theirs if not exact.fullmatch(name)}
-    chosen = dtype
-    if chosen is None:
-        said = model.fields.get("dtype") or model.fields.get("torch_dtype")
-        named = [kind for kind in found if str(kind) == f"torch.{said}"]
-        chosen = named[0] if named else functools.reduce(torch.promote_types, found)
-    if chosen == torch.float16 and not model.float16:
-        raise CheckpointError(
-            f"{folder}: the dtype is float16, whose range the numbers of a {model.model_type} leave: load it with"
-            " dtype=torch.bfloat16 or torch.float32 (athanor import --dtype bfloat16)"
-        )
-    return lambda name: torch.promote_types(chosen, names.dtype(name)) if exact.fullmatch(name) else chosen
 
 
 def _open(
@@ -290,6 +273,9 @@ class _Names:
 
     def dtype(self, name: str) -> torch.dtype:
         return self._weights[self.theirs[name]].dtype
+
+    def dtypes(self) -> dict[str, torch.dtype]:
+        return {name: self.dtype(name) for name in self.theirs}
 
     def read(self, name: str, out: Tensor | None = None) -> Tensor:
         return self._weights.read(self.theirs[name], out)
