@@ -272,6 +272,17 @@ class TestSentenceFiles:
                 "the pooling pooling_mode_max_tokens is not one of mean",
             ),
             ("1_Pooling/config.json", {"pooling_mode": "max"}, "the pooling max is not one of mean"),
+            (
+                "1_Pooling/config.json",
+                {"pooling_mode_cls_token": True, "include_prompt": False},
+                "1_Pooling/config.json: include_prompt is False, and this version pools all tokens of a text",
+            ),
+            (
+                "config_sentence_transformers.json",
+                {"prompts": {"query": "query: "}, "default_prompt_name": "query"},
+                "config_sentence_transformers.json: default_prompt_name is 'query', and this version puts no prompt before texts",
+            ),
+            ("sentence_bert_config.json", {"do_lower_case": 1}, "do_lower_case is 1 and must be true or false: copy it again"),
             ("sentence_bert_config.json", {"max_seq_length": 0}, "max_seq_length is 0 and must be a positive whole number"),
         ],
     )
@@ -279,6 +290,23 @@ class TestSentenceFiles:
         (folder / file).write_text(json.dumps(content))
         with pytest.raises(CheckpointError, match=re.escape(message)):
             athanor.load(folder)
+
+    @pytest.mark.parametrize("lower", [True, False])
+    def test_letters_are_made_small_where_they_say_so(self, folder, tmp_path, lower):
+        from sentence_transformers import SentenceTransformer
+
+        (folder / "tokenizer_config.json").write_text(json.dumps({"do_lower_case": False, "tokenizer_class": "BertTokenizer"}))
+        (folder / "sentence_bert_config.json").write_text(json.dumps({"max_seq_length": 40, "do_lower_case": lower}))
+        (folder / "config_sentence_transformers.json").write_text(json.dumps({"prompts": {}, "default_prompt_name": None}))
+        texts = ["The HEAT of Athanor", "the heat of athanor", "ÀTHANOR İ"]
+        lm = athanor.load(folder)
+        expected = SentenceTransformer(str(folder), device="cpu").encode(texts, convert_to_tensor=True, show_progress_bar=False)
+        assert torch.allclose(lm.embed(texts), expected, atol=1e-5, rtol=0)
+        assert torch.equal(lm.embed(texts[0]), lm.embed(texts[1])) == lower
+        again = lm.save(tmp_path / "again")
+        said = json.loads((again / "sentence_bert_config.json").read_text())
+        assert said == {"max_seq_length": 40} | ({"do_lower_case": True} if lower else {})
+        assert torch.equal(athanor.load(again).embed(texts), lm.embed(texts))
 
     def test_a_path_that_leaves_the_folder(self, folder):
         steps = json.loads((folder / "modules.json").read_text())

@@ -248,7 +248,7 @@ class LM:
         said = self.pooling or Pooling("last" if self.model.kind == "decoder" else "mean")
         how = Pooling(pooling or said.how, said.normalised if normalise is None else normalise)
         longest = min(said.max_length or self.config.max_positions, self.config.max_positions)
-        rows = [self._cut(self.prompt_ids(text), longest, i, truncate) for i, text in enumerate(texts)]
+        rows = [self._cut(self.prompt_ids(said.text(text)), longest, i, truncate) for i, text in enumerate(texts)]
         order = sorted(range(len(rows)), key=lambda i: len(rows[i]))  # rows of like length are read together
         vectors: list[Tensor] = [torch.empty(0)] * len(rows)
         while order:

@@ -14,7 +14,7 @@ from athanor.core.errors import CheckpointError, ConfigError
 from athanor.core.io import read_json, write_json
 from athanor.models import _seq2seq, bart, io, pegasus, t5
 from athanor.nn.context import Bidirectional, Causal, Memory, WithMemory
-from tests.models.reference import config_of, files, greatest, packed, random_ids, theirs_of
+from tests.models.reference import config_of, files, greatest, inputs, logits, packed, random_ids, theirs_of
 
 T5, BART, PEGASUS = (config_of((name, "tiny")) for name in ("t5", "bart", "pegasus"))
 
@@ -222,6 +222,34 @@ def test_what_a_config_leaves_out_is_that_of_transformers():
 
 
 @pytest.mark.parametrize(
+    "changed",
+    [
+        {"feed_forward_proj": "gated-gelu", "dense_act_fn": "gelu_new", "is_gated_act": True},
+        {"dense_act_fn": "relu", "is_gated_act": False},
+        {"scale_decoder_outputs": None},
+        {"scale_decoder_outputs": False, "tie_word_embeddings": True},
+        {"num_hidden_layers": 2, "hidden_size": 32, "num_attention_heads": 4, "head_dim": 8},
+    ],
+    ids=lambda changed: next(iter(changed)),
+)
+@torch.no_grad()
+def test_fields_of_a_t5_that_say_more_than_needed(tmp_path, changed):
+    """Read and written as transformers has them."""
+    theirs = theirs_of(replace(T5, feed_forward=changed.get("feed_forward_proj", "relu")))
+    theirs.save_pretrained(tmp_path)
+    fields = read_json(tmp_path / "config.json") | changed
+    if "dense_act_fn" in changed and "feed_forward_proj" not in changed:
+        del fields["feed_forward_proj"]
+    write_json(tmp_path / "config.json", fields)
+    ours, given = io.load(tmp_path), inputs(T5, "encoder_decoder")
+    expected = type(theirs).from_pretrained(tmp_path)(**given).logits
+    assert greatest(logits(ours, given), expected) <= 1e-5
+    (tmp_path / "ours").mkdir()
+    io.save(ours, tmp_path / "ours")
+    assert greatest(type(theirs).from_pretrained(tmp_path / "ours")(**given).logits, expected) <= 1e-6
+
+
+@pytest.mark.parametrize(
     ("config", "fields", "message"),
     [
         (T5, {"head_dim": 0}, "head_dim (0) must be at least 1"),
@@ -287,6 +315,40 @@ def test_fields_have_the_other_names_that_transformers_gives_them(read, cls):
         (pegasus, PEGASUS, {"normalize_before": False}, "normalize_before is False, which is not supported for pegasus"),
         (pegasus, PEGASUS, {"add_final_layer_norm": False}, "add_final_layer_norm is False, which is not supported for pegasus"),
         (pegasus, PEGASUS, {"normalize_embedding": True}, "normalize_embedding is True, which is not supported for pegasus"),
+        (
+            t5,
+            T5,
+            {"dense_act_fn": "gelu"},
+            "dense_act_fn is 'gelu' and must be 'relu' where feed_forward_proj is 'relu' (or absent, for 'relu'): remove the one",
+        ),
+        (t5, T5, {"feed_forward_proj": None, "dense_act_fn": "gelu"}, "dense_act_fn is 'gelu' and must be 'relu' where"),
+        (t5, T5, {"feed_forward_proj": "gated-gelu", "dense_act_fn": "gelu"}, "dense_act_fn is 'gelu' and must be 'gelu_new'"),
+        (t5, T5, {"is_gated_act": True}, "is_gated_act is True and must be False where feed_forward_proj is 'relu'"),
+        (t5, T5, {"is_encoder_decoder": False}, "is_encoder_decoder is False, which is not supported for t5 (only True is)"),
+        (t5, T5, {"num_hidden_layers": 1}, "num_hidden_layers is 1 and num_layers, which means the same in a t5, is 2"),
+        (t5, T5, {"num_attention_heads": 2}, "num_attention_heads is 2 and num_heads, which means the same in a t5, is 4"),
+        (t5, T5, {"head_dim": 4}, "head_dim is 4 and d_kv, which means the same in a t5, is 8"),
+        (bart, BART, {"decoder_layers": None}, "config.json lacks 'decoder_layers', which a bart needs"),
+        (bart, BART, {"decoder_ffn_dim": None}, "config.json lacks 'decoder_ffn_dim', which a bart needs"),
+        (
+            pegasus,
+            PEGASUS,
+            {"decoder_attention_heads": None},
+            "config.json lacks 'decoder_attention_heads', which a pegasus needs",
+        ),
+        (
+            bart,
+            BART,
+            {"num_attention_heads": 8},
+            "num_attention_heads is 8 and encoder_attention_heads, which means the same in a",
+        ),
+        (
+            pegasus,
+            PEGASUS,
+            {"num_hidden_layers": 1},
+            "num_hidden_layers is 1 and encoder_layers, which means the same in a pegas",
+        ),
+        (bart, BART, {"hidden_size": 64}, "hidden_size is 64 and d_model, which means the same in a bart, is 32: remove the one"),
     ],
 )
 def test_configs_that_are_computed_otherwise(module, config, changed, message):

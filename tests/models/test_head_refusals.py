@@ -224,6 +224,21 @@ def test_files_that_only_number_their_labels_are_read(tmp_path):
     assert io.load(tmp_path).head.labels.names == ("LABEL_0", "LABEL_1", "LABEL_2")
 
 
+@pytest.mark.parametrize("name", ["bart", "bert"])
+def test_files_that_say_nothing_of_their_labels_have_two(name, tmp_path):
+    """transformers writes nothing of two, not even of a BART, though it takes three for granted when it reads one."""
+    io.save(attached(name, labels=2), tmp_path)
+    path = tmp_path / "config.json"
+    said = {k: v for k, v in json.loads(path.read_text()).items() if k not in ("id2label", "label2id")}
+    path.write_text(json.dumps(said))
+    assert io.load(tmp_path).head.labels.n == 2
+    io.save(attached(name), tmp_path)
+    path.write_text(json.dumps(said))
+    message = "must be (2, 32) (config.json has neither id2label nor num_labels, so there are 2 labels: add one)"
+    with pytest.raises(CheckpointError, match="misshaped: .*" + re.escape(message)):
+        io.load(tmp_path)
+
+
 def test_a_new_head_forgets_what_the_file_said_of_the_old_one():
     trunk = tiny()
     trunk.fields = {"num_labels": 9, "problem_type": "regression", "architectures": ["LlamaForCausalLM"], "note": 1}

@@ -73,23 +73,19 @@ def ours_of(theirs, folder):
 
 
 def texts(theirs, *lengths):
-    """Random ids of these lengths, each with an end of text where an encoder-decoder needs one."""
+    """Random ids of these lengths, each with an end of text where an encoder-decoder needs one, or a Longformer's separators."""
     found = [random_ids(theirs.config, n, seed=n) for n in lengths]
-    if theirs.config.is_encoder_decoder:
-        for ids in found:
+    for ids in found:
+        if theirs.config.is_encoder_decoder:
             ids[-1] = theirs.config.eos_token_id
+        if theirs.config.model_type == "longformer":  # transformers looks for three to answer a question
+            ids[[len(ids) // 3, len(ids) // 3 + 1, -1] if len(ids) > 3 else -1] = theirs.config.sep_token_id
     return found
-
-
-def marks(theirs, ids):
-    """Longformer looks for three separators to answer a question, unless it is told who has global attention."""
-    told = theirs.config.model_type == "longformer" and hasattr(theirs, "qa_outputs")
-    return {"global_attention_mask": torch.zeros_like(ids)} if told else {}
 
 
 def answered(theirs, ids, **more):
     """Their logits, (S, L) or (B, T, L)."""
-    out = theirs(ids, **more, **marks(theirs, ids))
+    out = theirs(ids, **more)
     return torch.stack([out.start_logits, out.end_logits], 2) if hasattr(out, "start_logits") else out.logits
 
 
@@ -160,7 +156,7 @@ def test_loss_and_every_gradient_are_theirs(case, task, tmp_path):
     ours = ours_of(theirs, tmp_path / "model")
     ids = torch.stack(texts(theirs, 19, 19, 19))
     given = targets_of(task, 3, 19)
-    expected = theirs(ids, **given, **marks(theirs, ids)).loss
+    expected = theirs(ids, **given).loss
     expected.backward()
     total, count, _ = ours.loss(ids, ours_targets(given))
     loss = total / count
@@ -251,7 +247,7 @@ def test_every_problem_type_has_their_loss(case, task, n, problem, labels, tmp_p
     assert float(total / count) == pytest.approx(float(expected), rel=1e-5)
 
 
-ATTACHED = [(case, task) for case, task in THEIRS if case[0] != "longformer" or task == "sequence"]
+ATTACHED = [(case, task) for case, task in THEIRS if case[0] != "longformer" or task != "token"]
 
 
 @pytest.mark.parametrize(("case", "task"), ATTACHED, ids=[f"{stem(c)}-{task}" for c, task in ATTACHED])
@@ -309,6 +305,27 @@ def test_a_reward_is_the_value_of_the_last_token(tmp_path):
     assert greatest(values[mask.bool()], theirs.score(states).squeeze(2)[mask.bool()]) <= 1e-5
     rewards = ours(ids, ctx)
     assert rewards.shape == (3, 1) and greatest(rewards[:, 0], values[[0, 1, 2], [18, 18, 11]]) <= 1e-6
+
+
+@pytest.mark.parametrize("name", ["llama", "gpt2", "gemma"])
+@torch.no_grad()
+def test_padding_that_ends_a_text_is_not_what_a_decoder_is_read_at(name, tmp_path):
+    case = next(case for case, task in THEIRS if case[0] == name and task == "sequence")
+    theirs = theirs_of(case, "sequence", pad_token_id=2, eos_token_id=2)
+    ours = ours_of(theirs, tmp_path)
+    ids = random_ids(ours.config, 4, 12)
+    ids[0, 11] = ids[1, 8:] = ids[2, 3] = ids[3] = 2  # an end of text; more of them; one inside; nothing else
+    expected = theirs(ids).logits
+    assert greatest(ours(ids), expected) <= 1e-5
+    for row, alone in zip(ids, expected, strict=True):
+        assert greatest(theirs(row[None]).logits, alone) <= 1e-5
+    packed = torch.cat([ids[0], ids[1, :10], ids[2], ids[3, :5]])[None]
+    assert greatest(ours(packed, Packed(torch.tensor([12, 10, 12, 5]))), expected) <= 1e-5
+    mask = torch.ones_like(ids)
+    mask[1, 9:] = 0
+    assert greatest(ours(ids, Padded(mask, causal=True)), expected) <= 1e-5
+    ours.token_ids = TokenIds()  # that knows of no padding reads the last
+    assert greatest(ours(ids)[0], expected[0]) > 0.05
 
 
 def test_a_bfloat16_file_stays_one(tmp_path):

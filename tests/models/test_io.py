@@ -14,10 +14,11 @@ from athanor.core import plugins
 from athanor.core.errors import CheckpointError
 from athanor.core.weights import save_sharded
 from athanor.infer.engine import Engine
-from athanor.models import bert, io, llama
+from athanor.models import bert, deepseek_v3, io, llama
+from athanor.models.base import TokenIds
 from athanor.types import Request, SamplingParams
 from tests.infer.test_paths import Letters
-from tests.models.reference import theirs_of
+from tests.models.reference import greatest, inputs, logits, random_ids, theirs_of
 
 
 @pytest.fixture
@@ -243,6 +244,87 @@ model = io.load(Path(sys.argv[2]))
 weights = sum(p.nbytes for p in model.parameters())
 print((resident("VmHWM") - before) / weights, weights)
 """
+
+
+@pytest.mark.parametrize(("said", "eos"), [({}, (7,)), ({"eos_token_id": None}, (7,)), ({"eos_token_id": [5, 9]}, (5, 9))])
+def test_an_end_of_text_that_generation_config_lacks_is_that_of_config(folder, edit, said, eos):
+    edit(eos_token_id=7)
+    (folder / "generation_config.json").write_text(json.dumps(said))
+    assert io.load(folder).token_ids.eos == eos
+
+
+@pytest.mark.parametrize("family", ["llama", "gpt2", "phi3"])
+def test_token_ids_come_back(tmp_path, family):
+    model = io.build(family, plugins.load("models", family).PRESETS["tiny"], seed=0)
+    model.token_ids = TokenIds(bos=4, eos=(5, 6), pad=7)
+    io.save(model, tmp_path)
+    assert io.load(tmp_path).token_ids == model.token_ids
+
+
+def half(*wide, base=torch.bfloat16):
+    """Tensors in `base`, but those whose name has one of `wide` in it."""
+    return lambda tensors: {k: v if any(w in k for w in wide) else v.to(base) for k, v in tensors.items()}
+
+
+MIXED = [("llama", "embed"), ("qwen2", "v_proj"), ("gpt2", "ln_"), ("bert", "LayerNorm"), ("mixtral", "gate"), ("bart", "fc1")]
+
+
+@pytest.mark.parametrize("dtype", ["bfloat16", "float32", "float16", None])
+@pytest.mark.parametrize(("family", "wide"), MIXED, ids=[name for name, _ in MIXED])
+def test_weights_of_two_dtypes_get_that_of_the_config_or_the_wider(tmp_path, family, wide, dtype):
+    config = plugins.load("models", family).PRESETS["tiny"]
+    theirs = theirs_of(config)
+    theirs.save_pretrained(tmp_path)
+    save_file(half(wide)(load_file(tmp_path / io.WEIGHTS)), tmp_path / io.WEIGHTS, {"format": "pt"})
+    fields = json.loads((tmp_path / "config.json").read_text()) | {"dtype": dtype}
+    (tmp_path / "config.json").write_text(json.dumps(fields))
+    ours = io.load(tmp_path)
+    expected = torch.bfloat16 if dtype == "bfloat16" else torch.float32  # no tensor is float16
+    assert {p.dtype for p in (*ours.parameters(), *io.skeleton(tmp_path).parameters())} == {expected}
+    given = inputs(config, ours.kind)
+    with torch.no_grad():
+        found = logits(ours, given).float()
+        exact = type(theirs).from_pretrained(tmp_path, dtype=torch.float32)(**given).logits
+    if expected == torch.bfloat16:  # a token may go to another expert
+        assert float((found - exact).abs().mean()) <= 0.1 * float(exact.std())
+    else:
+        assert greatest(found, exact) <= 1e-5
+
+
+def test_parts_of_one_matrix_of_several_dtypes_are_not_rounded(folder, edit):
+    edit(tensors=half("k_proj", base=torch.float16), dtype=None)
+    there, read = load_file(folder / io.WEIGHTS), io.load(folder)
+    name = "model.layers.0.self_attn.k_proj.weight"
+    assert torch.equal(read.to_hf(read.state_dict())[name], there[name])
+
+
+@pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float16])
+def test_what_chooses_experts_of_a_deepseek_stays_in_float32(tmp_path, dtype):
+    theirs = theirs_of(deepseek_v3.PRESETS["tiny"])
+    theirs.save_pretrained(tmp_path)
+    ours = io.load(tmp_path, dtype=dtype)
+    mine = ours.to_hf(ours.state_dict())
+    kept = {name for name, tensor in mine.items() if tensor.dtype == torch.float32}
+    again = type(theirs).from_pretrained(tmp_path, dtype=dtype)
+    assert kept and kept == {name for name, tensor in again.state_dict().items() if tensor.dtype == torch.float32}
+    assert all(torch.equal(mine[name], again.state_dict()[name]) for name in kept)
+    given = random_ids(theirs.config, 2, 19)
+    with torch.no_grad():
+        assert float((ours(given).float() - theirs(given).logits).abs().mean()) <= 0.1 * float(theirs(given).logits.std())
+
+
+@pytest.mark.parametrize("family", ["t5", "switch"])
+@pytest.mark.parametrize("given", [torch.float16, None])
+def test_float16_is_refused_for_a_family_that_leaves_its_range(tmp_path, family, given):
+    theirs = theirs_of(plugins.load("models", family).PRESETS["tiny"])
+    theirs.save_pretrained(tmp_path)
+    if given is None:  # as transformers writes it, with half of each feed-forward block in float32
+        type(theirs).from_pretrained(tmp_path, dtype=torch.float16).save_pretrained(tmp_path)
+    message = "the dtype is float16, whose range the numbers of a .* leave: load it with dtype=torch.bfloat16 or torch.float32"
+    with pytest.raises(CheckpointError, match=message):
+        io.load(tmp_path, dtype=given)
+    assert {p.dtype for p in io.load(tmp_path, dtype=torch.float32).parameters()} == {torch.float32}
+    assert {p.dtype for p in io.load(tmp_path, dtype=torch.bfloat16).parameters()} == {torch.bfloat16}
 
 
 @pytest.mark.skipif(not Path("/proc/self/clear_refs").exists(), reason="peak memory is measured by Linux's /proc")

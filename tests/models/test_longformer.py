@@ -5,9 +5,15 @@ from dataclasses import replace
 
 import pytest
 import torch
-from transformers import LongformerConfig, LongformerForMaskedLM, LongformerForSequenceClassification, LongformerModel
+from transformers import (
+    LongformerConfig,
+    LongformerForMaskedLM,
+    LongformerForQuestionAnswering,
+    LongformerForSequenceClassification,
+    LongformerModel,
+)
 
-from athanor.core.errors import CheckpointError, ConfigError
+from athanor.core.errors import CheckpointError, ConfigError, DataError
 from athanor.core.io import read_json
 from athanor.models import io, longformer
 from athanor.nn import spans
@@ -161,6 +167,34 @@ def test_a_classifier_reads_with_its_first_token_unless_told_otherwise(tmp_path)
     marks = marks_of(3, 19, 0.3)
     theirs(ids, attention_mask=mask, global_attention_mask=marks.long())
     assert greatest(model.hidden(ids, WithLandmarks(Padded(mask, causal=False), marks))[seen], kept["hidden"][seen]) <= 1e-5
+
+
+@torch.no_grad()
+def test_a_question_sees_everything_up_to_its_separator_unless_told_otherwise(tmp_path):
+    theirs = randomised(LongformerForQuestionAnswering(LongformerConfig(**TINY.to_hf() | {"sep_token_id": 5})))
+    theirs.save_pretrained(tmp_path)
+    ours = io.load(tmp_path)
+    assert ours.trunk.global_tokens == "question" and ours.config.sep_id == 5
+    ids, mask = random_ids(TINY, 3, 60), torch.ones(3, 60, dtype=torch.int64)
+    ids[ids == 5] = 6
+    ids[0, [9, 10, 59]] = ids[1, [0, 1, 40]] = ids[2, [20, 30, 46]] = 5  # of the second the question is empty
+    mask[2, 47:] = 0
+    seen = mask.bool()
+
+    def answered(**more):
+        out = theirs(ids, attention_mask=mask, **more)
+        return torch.stack([out.start_logits, out.end_logits], 2)[seen]
+
+    ctx = Padded(mask, causal=False)
+    assert greatest(ours(ids, ctx)[seen], answered()) <= 1e-5
+    marks = marks_of(3, 60, 0.3)
+    assert greatest(ours(ids, WithLandmarks(ctx, marks))[seen], answered(global_attention_mask=marks.long())) <= 1e-5
+    nobody = ours(ids, WithLandmarks(ctx, torch.zeros_like(marks)))[seen]
+    assert greatest(nobody, answered(global_attention_mask=torch.zeros_like(ids))) <= 1e-5
+    assert greatest(nobody, answered()) > 1e-2
+    ids[1, mask[1].bool()] = 6
+    with pytest.raises(DataError, match=re.escape("sequence 1 has no separator (sep_id, 5), before which a question has global")):
+        ours(ids, ctx)
 
 
 @torch.no_grad()

@@ -238,6 +238,11 @@ def test_mistakes_in_a_config_are_named(change, message):
         ({"dense_act_fn": "gelu_new"}, "config.json: dense_act_fn is 'gelu_new', which is not supported for switch_transformers"),
         ({"router_dtype": "bfloat16"}, "config.json: router_dtype is 'bfloat16', which is not supported for switch_transformers"),
         ({"tie_word_embeddings": False}, "config.json: tie_word_embeddings is False, which is not supported for switch_tra"),
+        (
+            {"is_encoder_decoder": False},
+            "config.json: is_encoder_decoder is False, which is not supported for switch_transformers",
+        ),
+        ({"num_hidden_layers": 1}, "config.json: num_hidden_layers is 1 and num_layers, which means the same in a switch_trans"),
         ({"router_bias": 1}, "config.json: router_bias is 1 and must be true or false: copy it again"),
         (
             {"encoder_sparse_step": 1},

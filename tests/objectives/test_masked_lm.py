@@ -222,10 +222,8 @@ def test_the_loss_is_that_of_transformers(architecture, whole_words, model_of, n
     total, count, metrics = found.loss(model, batch)
     expected, correct = 0.0, 0
     for ids, labels in zip(batch.ids.split(batch.lengths.tolist()), batch.labels.split(batch.lengths.tolist()), strict=True):
-        # Their Roberta takes ids equal to its padding for padding, wherever they stand; ours has no padding.
-        at = torch.arange(len(ids))[None] + model.shift
         with torch.no_grad():
-            logits = theirs(ids[None], position_ids=at).logits[0]
+            logits = theirs(ids[None]).logits[0]
         expected += float(cross_entropy(logits, labels, ignore_index=IGNORE, reduction="sum"))
         correct += int((logits.argmax(-1) == labels).sum())
     assert count == int((batch.labels != IGNORE).sum())

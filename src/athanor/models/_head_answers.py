@@ -1,4 +1,5 @@
-"""What heads are asked with and answer: segments of pairs, what a decoder answers in, the best span, the likeness of vectors.
+"""What heads are asked with and answer: segments of pairs, where texts end, what a decoder answers in, the best span, the
+likeness of vectors.
 
 Legend: B batch, T time, S sequences, D width.
 """
@@ -54,6 +55,15 @@ def pair_segments(ids: Tensor, ctx: Sequences, separator: int) -> Tensor:
     before = found.cumsum(0) - found
     owner, inside = owners(ctx)
     return ((before > before[spans.first(ctx)][owner]) & inside).long().view_as(ids)
+
+
+def last_of_text(ids: Tensor, ctx: Sequences, pad: int | None) -> Tensor:
+    """The place of each sequence's last token that is not `pad`, or of its first where all are: ids (B, T) -> (S,)."""
+    if pad is None:
+        return spans.last(ctx)
+    rows, lengths = spans.rows_of(ids, ctx)
+    step = torch.arange(rows.shape[1], device=ids.device)
+    return spans.first(ctx) + torch.where((rows != pad) & (step < lengths[:, None]), step, 0).amax(1)
 
 
 def owners(ctx: Sequences) -> tuple[Tensor, Tensor]:

@@ -10,6 +10,7 @@ from pathlib import Path
 from typing import Any, Literal
 
 import torch
+from tokenizers.normalizers import Lowercase
 from torch import Tensor
 
 from athanor.core import io
@@ -21,6 +22,7 @@ How = Literal["mean", "cls", "last"]
 HOW: tuple[How, ...] = ("mean", "cls", "last")
 _FIELDS = {"mean": "pooling_mode_mean_tokens", "cls": "pooling_mode_cls_token", "last": "pooling_mode_lasttoken"}
 _STEPS = {name: f"sentence_transformers.models.{name}" for name in ("Transformer", "Pooling", "Normalize")}
+_LIMITS, _PROMPTS = "sentence_bert_config.json", "config_sentence_transformers.json"
 _REMEDY = "use another checkpoint, or take `logits` and pool yourself"
 
 
@@ -31,11 +33,17 @@ class Pooling:
     how         "mean" over the tokens, "cls" (the first) or "last"
     normalised  whether vectors have the length 1
     max_length  longest text in tokens, control tokens included; None is what the model takes
+    lower       whether texts are read in small letters, whatever the tokenizer does
     """
 
     how: How = "mean"
     normalised: bool = True
     max_length: int | None = None
+    lower: bool = False
+
+    def text(self, text: str) -> str:
+        """What the tokenizer is to be given of a text."""
+        return Lowercase().normalize_str(text) if self.lower else text
 
     def __call__(self, hidden: Tensor, ctx: Sequences) -> Tensor:
         """(B, T, D) -> (S, D) float32, a row for each sequence."""
@@ -54,8 +62,9 @@ class Pooling:
         (folder / "1_Pooling").mkdir(exist_ok=True)
         modes = {field: name == self.how for name, field in _FIELDS.items()}
         io.write_json(folder / "1_Pooling" / "config.json", {"word_embedding_dimension": width} | modes)
-        if self.max_length:
-            io.write_json(folder / "sentence_bert_config.json", {"max_seq_length": self.max_length, "do_lower_case": False})
+        limits = {"max_seq_length": self.max_length, "do_lower_case": self.lower}
+        if said := {name: value for name, value in limits.items() if value}:
+            io.write_json(folder / _LIMITS, said)
 
 
 def read(folder: Path) -> Pooling | None:
@@ -84,11 +93,25 @@ def read(folder: Path) -> Pooling | None:
             f"{folder}: the pooling {', '.join(chosen) or config.get('pooling_mode', 'none')} is not one of"
             f" {', '.join(HOW)}: {_REMEDY}"
         )
-    limits = folder / "sentence_bert_config.json"
-    length = _table(limits).get("max_seq_length") if limits.is_file() else None
+    if config.get("include_prompt") is False:
+        raise CheckpointError(
+            f"{folder / place / 'config.json'}: include_prompt is False, and this version pools all tokens of a text: {_REMEDY}"
+        )
+    prompts = _table(folder / _PROMPTS) if (folder / _PROMPTS).is_file() else {}
+    if prompts.get("default_prompt_name") is not None:
+        raise CheckpointError(
+            f"{folder / _PROMPTS}: default_prompt_name is {prompts['default_prompt_name']!r}, and this version puts no prompt"
+            " before texts: make it null, and write the prompt before each text yourself"
+        )
+    limits = _table(folder / _LIMITS) if (folder / _LIMITS).is_file() else {}
+    length, lower = limits.get("max_seq_length"), limits.get("do_lower_case", False)
     if length is not None and (not isinstance(length, int) or length < 1):
-        raise CheckpointError(f"{limits}: max_seq_length is {length!r} and must be a positive whole number: copy it again")
-    return Pooling(how[0], "Normalize" in kinds, length)
+        raise CheckpointError(
+            f"{folder / _LIMITS}: max_seq_length is {length!r} and must be a positive whole number: copy it again"
+        )
+    if not isinstance(lower, bool):
+        raise CheckpointError(f"{folder / _LIMITS}: do_lower_case is {lower!r} and must be true or false: copy it again")
+    return Pooling(how[0], "Normalize" in kinds, length, lower)
 
 
 def _table(path: Path) -> dict[str, Any]:

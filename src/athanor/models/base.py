@@ -74,6 +74,9 @@ class LanguageModel(nn.Module):
         harmless: patterns (`re.fullmatch`) of tensors in files of others that nothing is computed with.
         renamed: (pattern, replacement) pairs that bring names of old files to today's.
         idle: patterns (as in file names) of modules that neither `hidden` nor `logits` runs for every token.
+        exact: patterns (`re.fullmatch`) of tensors of a file that are computed with in float32 and so never read into less than
+            the file has, whatever dtype the others get.
+        float16: whether its numbers keep within the range of float16.
         lm_modules: attributes that only the family's own logits need; None in a model with another head or none (`heads.py`).
 
     Attributes:
@@ -89,6 +92,8 @@ class LanguageModel(nn.Module):
     harmless: ClassVar[tuple[str, ...]] = ()
     renamed: ClassVar[tuple[tuple[str, str], ...]] = ()
     idle: ClassVar[tuple[str, ...]] = ()
+    exact: ClassVar[tuple[str, ...]] = ()
+    float16: ClassVar[bool] = True
     lm_modules: ClassVar[tuple[str, ...]] = ("head",)
     task: str = "lm"
     token_ids: TokenIds = TokenIds()

@@ -185,7 +185,7 @@ class Model(Encoder):
         if holds("cls.seq_relationship.weight"):
             self.following = nn.Linear(self.config.d_model, 2)
         if self.output is not None and not holds(f"{entry(self.head_keys()['output']).names[0]}.bias"):
-            self.output.register_parameter("bias", None)  # older files have one bias, the head's
+            self.output.register_parameter("bias", None)  # older files have one bias, the head's; `to_hf` writes it twice
         if architecture.endswith("ForNextSentencePrediction"):
             self.task = "following"
             self.masked = self.output = None
@@ -202,12 +202,16 @@ class Model(Encoder):
                 p.normal_(std=0.02, generator=generator)
 
     def hidden(self, ids: Tensor, ctx: Context, segments: Tensor | None = None) -> Tensor:  # (B, T) -> (B, T, D)
-        at = ctx.positions + self.shift if self.shift else ctx.positions
+        at = self.rows(ids, ctx)
         kinds = self.segments.weight[0] if segments is None else self.segments(segments)
         x = self.embedding_norm(self.embedding(ids) + self.positions(at) + kinds)
         for layer, block in enumerate(self.blocks):
             x = block(x, ctx, layer)
         return x
+
+    def rows(self, ids: Tensor, ctx: Context) -> Tensor:  # (B, T) -> (B, T)
+        """Of each token its position in the table."""
+        return ctx.positions
 
     def pooled(self, first: Tensor) -> Tensor:
         """tanh(pooler(h)) of the hidden state h of each sequence's first token: (S, D) -> (S, D)."""
@@ -275,6 +279,14 @@ class Model(Encoder):
             "output": "cls.predictions.decoder",
             "following": "cls.seq_relationship",
         }
+
+    def to_hf(self, state: Mapping[str, Tensor]) -> dict[str, Tensor]:
+        tensors = super().to_hf(state)
+        twin = f"{entry(self.head_keys()['output']).names[0]}.bias"
+        original = tensors.get(self.tied_keys()[twin])
+        if self.output is not None and self.output.bias is None and original is not None:
+            tensors[twin] = original.clone()  # transformers 5 takes an output's own bias for zero where it is missing
+        return tensors
 
     def tied_keys(self) -> dict[str, str]:
         twins = {"cls.predictions.decoder.bias": "cls.predictions.bias"}

@@ -212,6 +212,7 @@ class Model(decoder.Decoder):
 
     model_type = "deepseek_v3"
     idle = ("ahead.*",)
+    exact = (r".*\.mlp\.gate\.(?:weight|e_score_correction_bias)",)
     config: Config
 
     def __init__(self, config: Config) -> None:

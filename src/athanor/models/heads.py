@@ -25,7 +25,7 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 
 from athanor.core.errors import CheckpointError, ConfigError, DataError, NoTargetsError, nearest
-from athanor.models._head_answers import answering, best_spans, pair_segments, similarity
+from athanor.models._head_answers import answering, best_spans, last_of_text, pair_segments, similarity
 from athanor.models._head_names import FIELDS, PROBLEMS, Labels, Moved, Names, begun, class_of, names_of
 from athanor.models._sentence import Pooling
 from athanor.models.base import Encoder, EncoderDecoder, LanguageModel
@@ -50,8 +50,8 @@ class Head(nn.Module):
     Class attributes:
         task: its name.
         suffix: what transformers' classes with this head end in.
-        pools: whether it reads one token of each sequence: an encoder's first, a decoder's last, and the last end of text that
-            the decoder of an encoder-decoder reads; else every token.
+        pools: whether it reads one token of each sequence: an encoder's first, a decoder's last that is not the padding's id
+            (as in transformers), the last end of text that the decoder of an encoder-decoder reads; else every token.
     """
 
     task: ClassVar[str]
@@ -204,6 +204,7 @@ class Headed(LanguageModel):
         self.config, self.task = trunk.config, head.task
         self.model_type, self.kind = trunk.model_type, trunk.kind  # type: ignore[misc]  # of a class, but here of its trunk
         self.renamed = trunk.renamed  # type: ignore[misc]
+        self.exact, self.float16 = trunk.exact, trunk.float16  # type: ignore[misc]
         self.idle = tuple("trunk." + pattern for pattern in trunk.idle)  # type: ignore[misc]
         self._prefixes = trunk.prefix, trunk.prefix if self._names.prefix is None else self._names.prefix
         moved = re.escape(self._prefixes[1])
@@ -279,7 +280,7 @@ class Headed(LanguageModel):
     def _summaries(self, ids: Tensor, ctx: Sequences) -> Tensor:
         """The place of the token that stands for its sequence: (S,)."""
         if self.kind != "encoder_decoder":
-            return spans.last(ctx) if self.kind == "decoder" else spans.first(ctx)
+            return last_of_text(ids, ctx, self.token_ids.pad) if self.kind == "decoder" else spans.first(ctx)
         ends = torch.tensor(self.token_ids.eos, dtype=torch.int64, device=ids.device)
         if not len(ends):
             raise ConfigError(f"this {self.model_type} does not say what ends a text, which its head reads: set token_ids.eos")
@@ -299,7 +300,7 @@ class Headed(LanguageModel):
         return self.head.loss(self(ids, ctx, segments), targets, ctx)
 
     def values(self, ids: Tensor, ctx: Sequences) -> Tensor:
-        """A value model's estimate at every token: ids (B, T) -> (B, T) float32. That of the last token is the reward.
+        """A value model's estimate at every token: ids (B, T) -> (B, T) float32; at the last (`pools`) it is the reward.
 
         Raises ConfigError unless it is a sequence head of one label on a decoder.
         """

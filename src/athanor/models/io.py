@@ -16,6 +16,7 @@ from athanor.core import io, plugins
 from athanor.core.errors import CheckpointError, ConfigError, PluginError, nearest
 from athanor.core.weights import Weights, open_weights, save_sharded
 from athanor.models import heads
+from athanor.models._dtypes import dtypes_of
 from athanor.models.base import EncoderDecoder, LanguageModel, TokenIds
 from athanor.models.fields import Fields
 from athanor.models.keys import entry
@@ -106,10 +107,12 @@ def save(model: LanguageModel, folder: Path, extra: Mapping[str, Any] | None = N
     if layout:
         tensors = layout.encode(tensors)
     save_sharded(folder, {k: v.contiguous() for k, v in tensors.items()}, {"format": "pt"}, _SHARD)
-    fields = {k: v for k, v in model.fields.items() if k not in _OWN} | model.config.to_hf()
+    own = model.config.to_hf()
+    fields = {k: v for k, v in model.fields.items() if k not in _OWN} | own
     if model.fields.get("architectures"):
         fields["architectures"] = model.fields["architectures"]
-    ids = _token_fields(model.token_ids)
+    # An id that the config computes with (RoBERTa's padding, by which it counts positions) is no matter of the tokenizer.
+    ids = {name: value for name, value in _token_fields(model.token_ids).items() if own.get(name) is None}
     if model.token_ids.forced_bos is not None:  # transformers wants it beside config.json, not in it
         io.write_json(folder / "generation_config.json", ids)
         ids.pop(_TOKENS[-1])
@@ -201,12 +204,14 @@ def load(
         folder: with config.json and model.safetensors, or its parts and their index.
         prepare: called with the model (no weights yet) and the config fields, to exchange modules before weights are read;
             returns how the file holds them.
-        dtype: of the weights, floating; as in the file by default.
+        dtype: of the weights, floating; as in the file by default. Weights of several dtypes get one: that which config.json
+            names if some have it, else one that holds them all. What a family computes with in float32 is not rounded
+            (`LanguageModel.exact`).
         pickled: whether to read pytorch_model.bin too.
 
     Raises:
         CheckpointError: damaged files; tensors missing, unexpected, misshaped or not what they must be (each is listed);
-            an unknown architecture.
+            an unknown architecture; float16 for a family whose numbers leave its range.
     """
     model, names, layout = _open(folder, prepare, pickled)
     if layout:
@@ -214,7 +219,7 @@ def load(
         decoded = layout.decode({name: names.read(name) for name in expected})
         state = model.from_hf(decoded)
     else:
-        state = model.fill(names.read, lambda name: dtype or names.dtype(name))
+        state = model.fill(names.read, dtypes_of(model, names.dtypes(), folder, dtype))
     model.load_state_dict(state, assign=True)
     assert not any(x.is_meta for x in (*model.parameters(), *model.buffers())), "a buffer that no file holds has no device"
     return model.eval()
@@ -227,7 +232,7 @@ def skeleton(
     model, names, layout = _open(folder, prepare, pickled)
     if not layout:
         with torch.device("meta"):
-            model.load_state_dict(model.fill(lambda name, out: None, names.dtype), assign=True)
+            model.load_state_dict(model.fill(lambda name, out: None, dtypes_of(model, names.dtypes(), folder, None)), assign=True)
     return model.eval()
 
 
@@ -262,12 +267,17 @@ def _open(
     _check_ids(model, fields, folder)
     layout = prepare(model, fields) if prepare else None
     expected = model.to_hf(model.state_dict())
-    _check(names, layout.encode(expected) if layout else expected, folder)
+    unsaid = isinstance(model, heads.Headed) and model.task != "question" and not {"id2label", "num_labels"} & fields.keys()
+    hint = " (config.json has neither id2label nor num_labels, so there are 2 labels: add one)" if unsaid else ""
+    _check(names, layout.encode(expected) if layout else expected, folder, hint)
     return model, names, layout
 
 
 def _generation(folder: Path) -> dict[str, Any]:
-    """What generation_config.json says of token ids: transformers goes by it where it is there."""
+    """What generation_config.json says of token ids: transformers goes by it where it is there.
+
+    Of what it lacks transformers knows nothing, and never stops without an end of text; here config.json is asked.
+    """
     path = folder / "generation_config.json"
     fields = io.read_json(path) if path.is_file() else {}
     if not isinstance(fields, dict):
@@ -301,6 +311,9 @@ class _Names:
     def dtype(self, name: str) -> torch.dtype:
         return self._weights[self.theirs[name]].dtype
 
+    def dtypes(self) -> dict[str, torch.dtype]:
+        return {name: self.dtype(name) for name in self.theirs}
+
     def read(self, name: str, out: Tensor | None = None) -> Tensor:
         return self._weights.read(self.theirs[name], out)
 
@@ -331,10 +344,10 @@ def _architecture_named(fields: Mapping[str, Any]) -> str:
     return named[0] if isinstance(named, list) and named and isinstance(named[0], str) else ""
 
 
-def _check(names: _Names, expected: Mapping[str, Tensor], folder: Path) -> None:
+def _check(names: _Names, expected: Mapping[str, Tensor], folder: Path, hint: str) -> None:
     problems = names.tied_twins(expected)
     both = sorted(expected.keys() & names.theirs.keys())
-    missing = sorted(expected.keys() - names.theirs.keys())
+    missing = sorted(k for k in expected.keys() - names.theirs.keys() if names.tied.get(k) not in names.theirs)
     if missing:
         problems.append("missing: " + _listed(missing))
     unexpected = sorted(names.theirs.keys() - expected.keys())
@@ -350,7 +363,7 @@ def _check(names: _Names, expected: Mapping[str, Tensor], folder: Path) -> None:
         f"{k} is {names.shape(k)} and must be {tuple(expected[k].shape)}" for k in both if names.shape(k) != expected[k].shape
     ]
     if misshaped:
-        problems.append("misshaped: " + _listed(misshaped))
+        problems.append("misshaped: " + _listed(misshaped) + hint)
     mistyped = [
         f"{k} is {names.dtype(k)} and must be like {expected[k].dtype}"
         for k in both

@@ -1,7 +1,8 @@
 """Longformer (Beltagy et al. 2020): a RoBERTa whose tokens see a window around them, and some of them everything.
 
 Who sees everything (global attention) is said with the context: `hidden(ids, WithLandmarks(ctx, mask))`. Without it nobody does,
-or the first token of each sequence where the model's `global_tokens` is "first", as it is in files of classifiers.
+or, by the model's `global_tokens`, the first token of each sequence (in files of classifiers) or the tokens before its first
+separator (in files that answer questions, "<s> question </s></s> context </s>").
 
 Legend: B batch, T time, D width (d_model), H heads, K head width, P tokens with global attention.
 """
@@ -12,12 +13,15 @@ from collections.abc import Callable, Mapping
 from dataclasses import dataclass, replace
 from typing import Any, Literal, cast
 
+import torch
 from torch import Tensor, nn
 
-from athanor.core.errors import CheckpointError, ConfigError
+from athanor.core.errors import CheckpointError, ConfigError, DataError
 from athanor.models import bert, roberta
+from athanor.models._head_answers import owners
 from athanor.models.fields import Fields
 from athanor.models.keys import Entry, Fused
+from athanor.nn import spans
 from athanor.nn.attention import Attention
 from athanor.nn.context import Context, Sequences
 from athanor.nn.landmarks import WithLandmarks, first_tokens
@@ -30,10 +34,12 @@ class Config(roberta.Config):
     """Shape of a Longformer: that of a RoBERTa, and
 
     windows  of each layer how many tokens around it a token sees, half of them on either side; () is 512 in all
+    sep_id   of the separator, which ends a question
     """
 
     variant: str = "longformer"
     windows: tuple[int, ...] = ()
+    sep_id: int = 2
 
     def __post_init__(self) -> None:
         super().__post_init__()
@@ -49,7 +55,7 @@ class Config(roberta.Config):
 
     def to_hf(self) -> dict[str, Any]:
         """The fields of Hugging Face's LongformerConfig."""
-        return super().to_hf() | {"attention_window": list(self.windows)}
+        return super().to_hf() | {"attention_window": list(self.windows), "sep_token_id": self.sep_id}
 
     @classmethod
     def from_hf(cls, values: Mapping[str, Any]) -> Config:
@@ -63,7 +69,7 @@ class Config(roberta.Config):
             raise CheckpointError(
                 f"config.json: attention_window is {windows!r} and must be a whole number or a list of them: copy it again"
             )
-        return cls(**common, pad_id=pad, windows=tuple(several))
+        return cls(**common, pad_id=pad, windows=tuple(several), sep_id=fields.int("sep_token_id", 2))
 
 
 class LongAttention(Attention):
@@ -95,13 +101,14 @@ class Model(roberta.Model):
     """The model; see the module docstring.
 
     Attributes:
-        global_tokens: who has global attention where the context does not say it: "none", or "first" of each sequence.
+        global_tokens: who has global attention where the context does not say it: "none", the "first" of each sequence, or its
+            "question".
     """
 
     model_type = "longformer"
     prefix = "longformer."
     harmless = (r"(?:longformer\.)?embeddings\.position_ids",)
-    global_tokens: Literal["none", "first"] = "none"
+    global_tokens: Literal["none", "first", "question"] = "none"
     config: Config
 
     def make_attention(self, layer: int) -> nn.Module:
@@ -111,12 +118,29 @@ class Model(roberta.Model):
         super().become(architecture, holds)
         if architecture.endswith("ForSequenceClassification"):
             self.global_tokens = "first"
+        elif architecture.endswith("ForQuestionAnswering"):
+            self.global_tokens = "question"
 
     def hidden(self, ids: Tensor, ctx: Context, segments: Tensor | None = None) -> Tensor:  # (B, T) -> (B, T, D)
-        if self.global_tokens == "first" and not isinstance(ctx, WithLandmarks):
+        """As in `Encoder`. Raises DataError for a sequence without a separator where `global_tokens` is "question"."""
+        if self.global_tokens != "none" and not isinstance(ctx, WithLandmarks):
             sequences = cast(Sequences, ctx)
-            ctx = WithLandmarks(sequences, first_tokens(sequences))
+            first = self.global_tokens == "first"
+            ctx = WithLandmarks(sequences, first_tokens(sequences) if first else self._question(ids, sequences))
         return super().hidden(ids, ctx, segments)
+
+    def _question(self, ids: Tensor, ctx: Sequences) -> Tensor:
+        """(B, T) bool: the tokens before each sequence's first separator."""
+        rows, lengths = spans.rows_of(ids, ctx)
+        step = torch.arange(rows.shape[1], device=ids.device)
+        found = (rows == self.config.sep_id) & (step < lengths[:, None])
+        if not bool(found.any(1).all()):
+            raise DataError(
+                f"sequence {int((~found.any(1)).int().argmax())} has no separator (sep_id, {self.config.sep_id}), before which a"
+                " question has global attention: add one, or say who has it (WithLandmarks)"
+            )
+        owner, inside = owners(ctx)
+        return ((ctx.positions.flatten() < found.int().argmax(1)[owner]) & inside).view_as(ids)
 
     def block_keys(self, ours: str, theirs: str) -> dict[str, str | Entry]:
         d, of_self = self.config.d_model, theirs + "attention.self."

@@ -6,10 +6,14 @@ from collections.abc import Mapping
 from dataclasses import dataclass, replace
 from typing import Any
 
+import torch
+from torch import Tensor
+
 from athanor.core.errors import ConfigError
 from athanor.models import bert
 from athanor.models.fields import Fields
 from athanor.models.keys import Entry
+from athanor.nn.context import Context
 
 MODEL_TYPES = ("xlm-roberta", "camembert")
 _CLASSES = {"roberta": "Roberta", "xlm-roberta": "XLMRoberta", "camembert": "Camembert", "longformer": "Longformer"}
@@ -19,7 +23,8 @@ _CLASSES = {"roberta": "Roberta", "xlm-roberta": "XLMRoberta", "camembert": "Cam
 class Config(bert.Config):
     """Shape of a RoBERTa: that of a BERT, and
 
-    pad_id   of the padding token: the first token's position is pad_id + 1 in the table
+    pad_id   of the padding token: the first token's position is pad_id + 1 in the table, that of a padding token within a text
+             pad_id, and it is not counted
     variant  model_type of the files
     """
 
@@ -65,6 +70,14 @@ class Model(bert.Model):
     def __init__(self, config: Config) -> None:
         self.shift = config.pad_id + 1
         super().__init__(config)
+
+    def rows(self, ids: Tensor, ctx: Context) -> Tensor:  # (B, T) -> (B, T)
+        padding = (ids == self.config.pad_id).flatten()
+        counted = padding.cumsum(0)
+        at = ctx.positions.flatten()
+        start = torch.arange(len(at), device=at.device) - at  # of the token's sequence
+        skipped = counted - (counted - padding.long())[start]
+        return torch.where(padding, self.config.pad_id, at + self.shift - skipped).view_as(ids)
 
     def head_keys(self) -> dict[str, str | Entry]:
         return {

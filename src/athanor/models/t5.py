@@ -5,6 +5,7 @@ Legend: B batch, S time of a source, T of an answer, D width (d_model), V vocabu
 
 from __future__ import annotations
 
+import re
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, replace
 from typing import Any
@@ -112,9 +113,22 @@ class Config:
         """From the fields of config.json. Raises CheckpointError for what this file does not compute."""
         fields = Fields(values, "t5", ALIASES | {"head_dim": "d_kv"})
         fields.only("feed_forward_proj", *_FEED_FORWARD)
-        # transformers 5 writes the field as true always, and whether the result is scaled beside it.
-        tied = fields.bool("scale_decoder_outputs", fields.bool("tie_word_embeddings", True))
-        return cls(**common(fields), feed_forward=fields.str("feed_forward_proj", "relu"), tied=tied)
+        feed_forward = fields.str("feed_forward_proj", "relu")
+        gated, activation = _FEED_FORWARD[feed_forward]
+        for name, said in (("dense_act_fn", activation), ("is_gated_act", gated)):
+            if fields.get(name, said) != said:
+                raise CheckpointError(
+                    f"config.json: {name} is {fields.get(name)!r} and must be {said!r} where feed_forward_proj is"
+                    f" {feed_forward!r} (or absent, for 'relu'): remove the one that is wrong"
+                )
+        tied = fields.bool("tie_word_embeddings", True)
+        if "scale_decoder_outputs" in values:  # transformers 5 writes the other as true always, and reads null here as false
+            tied = fields.bool("scale_decoder_outputs", False)
+        return cls(**common(fields), feed_forward=feed_forward, tied=tied)
+
+
+# Of T5 and Switch Transformers.
+ALIASES = {"hidden_size": "d_model", "num_hidden_layers": "num_layers", "num_attention_heads": "num_heads"}
 
 
 # Of T5 and Switch Transformers.
@@ -123,6 +137,8 @@ ALIASES = {"hidden_size": "d_model", "num_hidden_layers": "num_layers", "num_att
 
 def common(fields: Fields) -> dict[str, Any]:
     """The arguments of `Config` from the fields that T5 and Switch Transformers have in common."""
+    if not re.search("EncoderModel|ForTokenClassification", str(fields.get("architectures", ""))):  # they have no decoder
+        fields.only("is_encoder_decoder", True)
     return {
         "vocab_size": fields.int("vocab_size"),
         "d_model": fields.width("d_model"),
@@ -185,6 +201,7 @@ class Model(EncoderDecoder):
 
     model_type = "t5"
     harmless = (r"decoder\.block\.0\.layer\.1\.EncDecAttention\.relative_attention_bias\.weight",)
+    float16 = False  # transformers clamps what the blocks add, and keeps half of each feed-forward block in float32
     config: Config
 
     def __init__(self, config: Config) -> None:
