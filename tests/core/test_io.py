@@ -452,3 +452,15 @@ def test_a_lock_on_a_file_that_is_gone_is_none(tmp_path, monkeypatch):
         assert lock.exists()
         with pytest.raises(CheckpointError, match="another process is writing"), io.sole_writer(tmp_path / "box"):
             raise AssertionError
+
+
+def test_what_safetensors_cannot_write_is_our_error(tmp_path, monkeypatch):
+    import safetensors.torch
+
+    def full(*args, **kw):
+        raise safetensors.SafetensorError("I/O error: No space left on device (os error 28)")
+
+    monkeypatch.setattr(safetensors.torch, "save_file", full)
+    with pytest.raises(CheckpointError, match=r"x\.safetensors cannot be written \(I/O error: No space .*free some room"):
+        io.save_tensors(tmp_path / "x.safetensors", {"a": torch.ones(1)})
+    assert list(tmp_path.iterdir()) == []

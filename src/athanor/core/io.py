@@ -247,14 +247,21 @@ def sha256_text(text: str) -> str:
 
 
 def save_tensors(path: PathLike, tensors: Mapping[str, torch.Tensor], metadata: Mapping[str, str] | None = None) -> None:
-    """Write named tensors as a safetensors file, atomically. Tensors that share memory are refused by the format's library."""
+    """Write named tensors as a safetensors file, atomically. Tensors that share memory are refused by the format's library.
+
+    Raises CheckpointError when the library cannot write them, as on a full disk.
+    """
+    from safetensors import SafetensorError
     from safetensors.torch import save_file
 
     with atomic_file(Path(path)) as temporary:
         temporary.touch()
         mode = temporary.stat().st_mode  # the user's own; the library makes files that nobody else may read
         contiguous = {name: tensor.detach().contiguous() for name, tensor in tensors.items()}
-        save_file(contiguous, temporary, metadata=dict(metadata) if metadata else None)
+        try:
+            save_file(contiguous, temporary, metadata=dict(metadata) if metadata else None)
+        except SafetensorError as error:  # it has no errors of the system
+            raise CheckpointError(f"{path} cannot be written ({error}): free some room, or choose another place") from error
         _order_metadata(temporary)
         temporary.chmod(mode)
 

@@ -55,7 +55,8 @@ def main(config: Config) -> None:
         )
     lm = load(config.path, config.checkpoint)
     assert lm.path is not None, "what was loaded has a path"
-    suffix = f"-{config.kind}.gguf" if config.to == "gguf" else "-hf"
+    kind = config.kind or "f16"
+    suffix = f"-{kind}.gguf" if config.to == "gguf" else "-hf"
     out = config.out or lm.path.parent / (lm.path.name + suffix)
     with io.sole_writer(out):
         if os.path.lexists(out):
@@ -63,7 +64,7 @@ def main(config: Config) -> None:
         if config.to == "hf":
             _hugging_face(lm, out)
         else:
-            _to_gguf(lm, out, config.kind or "f16")
+            _to_gguf(lm, out, kind)
 
 
 def _probe(lm: LM) -> list[int]:
