@@ -210,7 +210,7 @@ def test_the_recipe_gets_its_config_and_gives_the_status(run):
 
 def test_what_the_system_refuses_is_no_traceback(run, tmp_path, monkeypatch):
     (tmp_path / "file.txt").touch()
-    status, out, err = run("stir-it", tmp_path / "file.txt", "--steps", "16")
+    status, _, err = run("stir-it", tmp_path / "file.txt", "--steps", "16")
     assert status == 1
     said = f"{tmp_path / 'file.txt' / 'sub'}: Not a directory: check the path, or choose another place"
     assert "".join(err.split()) == "".join(said.split())

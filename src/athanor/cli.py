@@ -6,7 +6,8 @@ A recipe defines a frozen dataclass `Config`, whose fields (and those of the dat
 says of it. `athanor --help` reads recipes without importing them.
 
 Exit status: 0 done, 1 an AthanorError or one of the system (a full disk), 2 a command line or config that makes no sense,
-130 interrupted, 141 when nobody reads on what is printed. `ATHANOR_DEBUG=1` shows the traceback of an error; `ATHANOR_NATIVE=0` computes without C++ of our own (core/native.py).
+130 interrupted, 141 when nobody reads on what is printed. `ATHANOR_DEBUG=1` shows the traceback of an error;
+`ATHANOR_NATIVE=0` computes without C++ of our own (core/native.py).
 """
 
 from __future__ import annotations
@@ -17,6 +18,7 @@ import errno
 import inspect
 import json
 import os
+import re
 import sys
 import traceback
 import typing
@@ -81,9 +83,11 @@ def main(argv: Sequence[str] | None = None) -> int:
 def _system(error: OSError) -> str:
     """What the system refused, and the remedy."""
     what = error.strerror or str(error) or type(error).__name__
-    where = f"{error.filename}: " if error.filename is not None else ""
+    # What is written anew has another name until it is whole (core/io.py).
+    name = re.sub(r"(^|/)\.(?:lock|tmp-[0-9a-f]{8})-(?=[^/]+$)", r"\1", str(error.filename))
+    where = f"{name}: " if error.filename is not None else ""
     full = error.errno in (errno.ENOSPC, errno.EDQUOT)
-    return where + f"{what}: " + ("free some room, or choose another place" if full else "check the path, or choose another place")
+    return f"{where}{what}: {'free some room' if full else 'check the path'}, or choose another place"
 
 
 def _say(message: str) -> None:

@@ -3,7 +3,8 @@
 from __future__ import annotations
 
 import re
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
+from contextlib import contextmanager
 from pathlib import Path
 from types import ModuleType
 from typing import Any, Protocol
@@ -23,6 +24,16 @@ WEIGHTS = "model.safetensors"
 _SHOWN = 6  # names listed in an error before it says how many more there are
 _TOKENS = ("bos_token_id", "eos_token_id", "pad_token_id", "decoder_start_token_id", "forced_bos_token_id")
 _SHARD = 5_000_000_000  # bytes
+# What the classes of transformers that are computed here end in.
+_CLASSES = (
+    "Model",
+    "ForCausalLM",
+    "ForConditionalGeneration",
+    "ForMaskedLM",
+    "ForPreTraining",
+    "ForNextSentencePrediction",
+    *(head.suffix for head in heads.HEADS.values()),
+)
 # Fields of config.json that a folder written anew must not inherit.
 _OWN = ("quantization_config", "auto_map", "transformers_version", "_name_or_path", "torch_dtype")
 
@@ -51,7 +62,7 @@ def architecture(model_type: str) -> ModuleType:
     if model_type in types:
         return plugins.require("models", types[model_type], "Model", "Config")
     raise PluginError(
-        f"no architecture computes model_type {model_type!r}{nearest(model_type, [*known, *types])} There are:"
+        f"no architecture computes model_type {model_type!r}{nearest(model_type, [*known, *types]) or '.'} There are:"
         f" {', '.join(sorted({*known, *types}))}. To add one, write the file models/{model_type}.py."
     )
 
@@ -213,21 +224,31 @@ def _open(
     except PluginError as error:
         raise CheckpointError(f"{folder}/config.json: {error}") from error
     model: LanguageModel = build(fields["model_type"], _config(module, fields, folder))
-    model.token_ids, model.fields = _token_ids(fields | _generation(folder)), fields
-    try:
-        with torch.device("meta"):
-            model = heads.named(model, fields)
-    except CheckpointError as error:
-        raise CheckpointError(f"{folder}/{error}") from error
+    model.fields, ids = fields, fields | _generation(folder)
+    with _config_of(folder), torch.device("meta"):
+        model.token_ids = _token_ids(ids)
+        model = heads.named(model, fields)
     weights = open_weights(folder, pickled=pickled)
     names = _Names(model, weights, folder)
+    named = _architecture_named(fields)
     with torch.device("meta"):
-        model.become(_architecture_named(fields), names.__contains__)
+        model.become(named, names.__contains__)
     names.tied = dict(model.tied_keys())
-    layout = prepare(model, fields) if prepare else None
+    with _config_of(folder):
+        layout = prepare(model, fields) if prepare else None
     expected = model.to_hf(model.state_dict())
-    _check(names, layout.encode(expected) if layout else expected, folder)
+    known = named.endswith(_CLASSES) or named in ("", *model.config.to_hf().get("architectures", ()))
+    _check(names, layout.encode(expected) if layout else expected, folder, None if known else named)
     return model, names, layout
+
+
+@contextmanager
+def _config_of(folder: Path) -> Iterator[None]:
+    """What is wrong with config.json says whose it is."""
+    try:
+        yield
+    except CheckpointError as error:
+        raise CheckpointError(f"{folder}/{error}") from error
 
 
 def _generation(folder: Path) -> dict[str, Any]:
@@ -289,7 +310,7 @@ def _architecture_named(fields: Mapping[str, Any]) -> str:
     return named[0] if isinstance(named, list) and named and isinstance(named[0], str) else ""
 
 
-def _check(names: _Names, expected: Mapping[str, Tensor], folder: Path) -> None:
+def _check(names: _Names, expected: Mapping[str, Tensor], folder: Path, stranger: str | None) -> None:
     problems = names.tied_twins(expected)
     both = sorted(expected.keys() & names.theirs.keys())
     missing = sorted(expected.keys() - names.theirs.keys())
@@ -315,6 +336,11 @@ def _check(names: _Names, expected: Mapping[str, Tensor], folder: Path) -> None:
             found = names.read(k)
             if not torch.equal(found, expected[k]):
                 problems.append(f"{k} says {found.tolist()} and must say {expected[k].tolist()}")
+    if problems and stranger:
+        raise CheckpointError(
+            f"{folder}/config.json: architectures names {stranger!r}, a class that is not computed here, and the weights have"
+            f" no place in another ({'; '.join(problems)}). Use a checkpoint of a class that ends in {', '.join(_CLASSES)}."
+        )
     if problems:
         raise CheckpointError(
             f"{folder}: the weights do not fit {folder / 'config.json'}: {'; '.join(problems)}."
