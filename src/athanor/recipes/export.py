@@ -114,14 +114,6 @@ def _to_gguf(lm: LM, out: Path, kind: _gguf.Kind) -> None:
         print(f"  note: {note}")
 
 
-def _context(file: Path) -> int:
-    """Tokens that a GGUF file says its model takes."""
-    from gguf import GGUFReader
-
-    fields = GGUFReader(file).fields
-    return int(next(field for name, field in fields.items() if name.endswith(".context_length")).contents())
-
-
 def _read_back(lm: LM, file: Path, notes: list[str]) -> float | str:
     """How far the file's logits are from the model's, or why they were not compared; adds to `notes` how they were."""
     if not find_spec("transformers"):
@@ -149,7 +141,7 @@ def _read_back(lm: LM, file: Path, notes: list[str]) -> float | str:
     if report["missing_keys"]:  # it goes on with random weights in their place
         return f"skipped, it finds no place for {len(report['missing_keys'])} tensors of such a file"
     probe = _probe(lm)
-    within = min(len(probe), _context(file))
+    within = min(len(probe), _gguf.context(file))
     if within < len(probe):
         notes.append(f"read back within {within} tokens, which is all that the file says its model takes")
     ids = torch.tensor([probe[:within]])
