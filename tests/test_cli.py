@@ -78,6 +78,10 @@ def main(config: Config) -> int | None:
         raise DataError("steps (13) is unlucky:\\n    use 12 [bold]or[/bold] 14")
     if config.steps == 14:
         raise KeyboardInterrupt
+    if config.steps == 16:
+        (config.path / "sub").mkdir(parents=True)
+    if config.steps == 17:
+        raise OSError(28, "No space left on device")
     return 7 if config.steps == 15 else None
 '''
 NEEDY = '''
@@ -204,6 +208,27 @@ def test_the_recipe_gets_its_config_and_gives_the_status(run):
     assert run("stir-it", "--steps", "15")[0] == 7
 
 
+def test_what_the_system_refuses_is_no_traceback(run, tmp_path, monkeypatch):
+    (tmp_path / "file.txt").touch()
+    status, _, err = run("stir-it", tmp_path / "file.txt", "--steps", "16")
+    assert status == 1
+    said = f"{tmp_path / 'file.txt' / 'sub'}: Not a directory: check the path, or choose another place"
+    assert "".join(err.split()) == "".join(said.split())
+    assert run("stir-it", "--steps", "17")[2] == "No space left on device: free some room, or choose another place\n"
+    monkeypatch.setenv("ATHANOR_DEBUG", "1")
+    assert "Traceback" in run("stir-it", "--steps", "17")[2]
+
+
+@pytest.mark.parametrize("command", ["--help", "stir-it"])
+def test_a_reader_that_goes_away_is_no_fault(kitchen, command):
+    """`athanor ... | head`: rich prints the help, Python the rest."""
+    reader, writer = os.pipe()
+    os.close(reader)
+    done = subprocess.run([sys.executable, "-m", "athanor", command], stdout=writer, stderr=subprocess.PIPE, text=True)
+    os.close(writer)
+    assert (done.returncode, done.stderr) == (141, "")
+
+
 def test_variants_are_told_apart_by_their_kind(run):
     assert _resolved(run, "--adapt.rank", "2")["adapt"] == {"kind": "lora", "rank": 2}
     assert _resolved(run, "--adapt.kind", "freeze", "--adapt.layers", "2")["adapt"] == {"kind": "freeze", "layers": 2}
@@ -264,6 +289,7 @@ def test_a_required_field_comes_by_place_by_name_or_from_the_file(run, tmp_path)
         ("stir-it --optim.lrr 1", "Unknown option: --optim.lrr. Did you mean --optim.lr?"),
         ("stir-it --stpes 1", "Unknown option: --stpes. Did you mean --steps?"),
         ("stirit", "no command 'stirit'; did you mean 'stir-it'? There are: "),
+        ("xyzxyz", "no command 'xyzxyz'. There are: "),
         ("--hepl", 'Unknown command "--hepl".'),
         ("never-ever --help", "no command 'never-ever'; did you mean 'never'?"),
         ("stir-it a 1 b", "Unused Tokens: ['b']"),

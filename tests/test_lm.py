@@ -65,10 +65,20 @@ def test_a_path_that_means_no_model(saved, tmp_path):
             athanor.load(*arguments)
 
     refused(f"{tmp_path / 'x'} is not a folder: give a checkpoint folder or a run folder", tmp_path / "x")
+    remedy = "give a checkpoint folder or a run folder such as runs/first"
+    refused(f"path ('') is empty: {remedy}", "")
+    refused(f"{tmp_path} is empty: {remedy}, or make one with `athanor run`", tmp_path)
+    (tmp_path / "notes.txt").touch()
+    refused(f"{tmp_path} holds neither config.json nor folders with one: {remedy}", tmp_path)
+    (tmp_path / "model.safetensors").touch()
+    refused(f"{tmp_path} holds weights and no config.json: copy or download the whole folder again", tmp_path)
+    (tmp_path / "run.json").touch()
     refused(f"{tmp_path} has no checkpoint yet (no */config.json): let `athanor run --out {tmp_path}` finish", tmp_path)
     refused(f"{tmp_path} has no checkpoint 'rl'; it has none", tmp_path, "rl")
     shutil.copytree(saved, tmp_path / "base")
     refused(f"{tmp_path} has no checkpoint 'bas'; did you mean 'base'?; it has base", tmp_path, "bas")
+    (tmp_path / "base").rename(tmp_path / "mine")
+    refused(f"{tmp_path} holds no checkpoint itself but mine: give one of them, such as {tmp_path / 'mine'}", tmp_path)
 
 
 class TestDamage:

@@ -5,17 +5,20 @@ A recipe defines a frozen dataclass `Config`, whose fields (and those of the dat
 `COMMAND = "eval"`, a name other than its file's. A field's help is the docstring after it, or what the class docstring
 says of it. `athanor --help` reads recipes without importing them.
 
-Exit status: 0 done, 1 an AthanorError, 2 a command line or config that makes no sense, 130 interrupted.
-`ATHANOR_DEBUG=1` shows the traceback of an AthanorError; `ATHANOR_NATIVE=0` computes without C++ of our own (core/native.py).
+Exit status: 0 done, 1 an AthanorError or one of the system (a full disk), 2 a command line or config that makes no sense,
+130 interrupted, 141 when nobody reads on what is printed. `ATHANOR_DEBUG=1` shows the traceback of an error;
+`ATHANOR_NATIVE=0` computes without C++ of our own (core/native.py).
 """
 
 from __future__ import annotations
 
 import ast
 import dataclasses
+import errno
 import inspect
 import json
 import os
+import re
 import sys
 import traceback
 import typing
@@ -58,16 +61,33 @@ def main(argv: Sequence[str] | None = None) -> int:
     try:
         start = _prepare(list(sys.argv[1:] if argv is None else argv))
         status = 1
-        return start()
-    except (CycloptsError, AthanorError) as error:
+        done = start()
+        sys.stdout.flush()  # here, where what goes wrong is told
+        return done
+    except (BrokenPipeError, SystemExit) as error:
+        if not isinstance(error, BrokenPipeError) and not isinstance(error.__context__, BrokenPipeError):  # rich's
+            raise
+        os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())  # Python flushes once more when it ends
+        return 141
+    except (CycloptsError, AthanorError, OSError) as error:
         if os.environ.get("ATHANOR_DEBUG") == "1":
             traceback.print_exception(error)
         else:
-            _say(str(error))
+            _say(_system(error) if isinstance(error, OSError) else str(error))
         return status
     except KeyboardInterrupt:
         _say("interrupted")
         return 130
+
+
+def _system(error: OSError) -> str:
+    """What the system refused, and the remedy."""
+    what = error.strerror or str(error) or type(error).__name__
+    # What is written anew has another name until it is whole (core/io.py).
+    name = re.sub(r"(^|/)\.(?:lock|tmp-[0-9a-f]{8})-(?=[^/]+$)", r"\1", str(error.filename))
+    where = f"{name}: " if error.filename is not None else ""
+    full = error.errno in (errno.ENOSPC, errno.EDQUOT)
+    return f"{where}{what}: {'free some room' if full else 'check the path'}, or choose another place"
 
 
 def _say(message: str) -> None:
@@ -85,7 +105,7 @@ def _prepare(tokens: list[str]) -> Callable[[], int]:
     )
     recipe, known = None, _commands()
     if tokens and not tokens[0].startswith("-") and tokens[0] not in known:
-        raise ConfigError(f"no command {tokens[0]!r}{nearest(tokens[0], known)} There are: {', '.join(known)}.")
+        raise ConfigError(f"no command {tokens[0]!r}{nearest(tokens[0], known) or '.'} There are: {', '.join(known)}.")
     for command, (name, line) in known.items():
         chosen = tokens[:1] == [command]
         if chosen:

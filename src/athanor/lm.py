@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import secrets
+import shlex
 from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import Any
@@ -320,6 +321,8 @@ def _hashes(folder: Path, tokenizer: Vocabulary | None) -> dict[str, str | None]
 
 def resolve(path: str | Path, checkpoint: str | None = None) -> Path:
     """The checkpoint folder that `path` means: itself, or the last of the life in a run folder, or the one named."""
+    if path == "":
+        raise CheckpointError("path ('') is empty: give a checkpoint folder or a run folder such as runs/first")
     path = Path(path)
     if checkpoint is None and (path / "config.json").is_file():
         return path
@@ -335,7 +338,22 @@ def resolve(path: str | Path, checkpoint: str | None = None) -> Path:
     for name in _PREFERRED:
         if name in found:
             return path / name
-    raise CheckpointError(f"{path} has no checkpoint yet (no */config.json): let `athanor run --out {path}` finish its stages")
+    raise CheckpointError(_none_in(path, found))
+
+
+def _none_in(path: Path, found: Sequence[str]) -> str:
+    """What a folder holds instead of a checkpoint, and what to give; `found` are the folders in it that hold models."""
+    if found:
+        more = f" and {len(found) - 6} more" if len(found) > 6 else ""
+        return f"{path} holds no checkpoint itself but {', '.join(found[:6])}{more}: give one of them, such as {path / found[0]}"
+    if (path / "run.json").is_file():
+        return (
+            f"{path} has no checkpoint yet (no */config.json): let `{shlex.join(['athanor', 'run', '--out', str(path)])}` finish"
+        )
+    if any(path.glob("*.safetensors")) or any(path.glob("*.bin")):
+        return f"{path} holds weights and no config.json: copy or download the whole folder again"
+    what = "holds neither config.json nor folders with one" if any(path.iterdir()) else "is empty"
+    return f"{path} {what}: give a checkpoint folder or a run folder such as runs/first, or make one with `athanor run`"
 
 
 def load(

@@ -108,6 +108,18 @@ def test_the_command_writes_beside_the_checkpoint_and_says_what_it_cost(source, 
     assert athanor.load(source.parent, f"int{bits}").lineage["parent"] == "rl"
 
 
+def test_the_command_replaces_its_own_result_and_no_other(source, lm, capsys):
+    for _ in range(2):
+        assert main(["quantize", str(source)]) == 0
+    said = capsys.readouterr().out
+    assert said.count("it replaces the one that was there") == 1
+    other, out = lm.save(source.parent / "sft"), source.parent / "int8"
+    assert main(["quantize", str(other)]) == 1
+    err = " ".join(capsys.readouterr().err.split())
+    assert f"out ({out}) exists and was made of 'rl', not of 'sft': name another with --out, or remove it" in err
+    assert athanor.load(out).lineage["parent"] == "rl"
+
+
 def test_the_command_takes_a_run_folder_and_a_place_for_the_result(source, tmp_path, capsys):
     args = ["quantize", str(source.parent), "--checkpoint", "rl", "--bits", "8", "--group", "32", "--out", str(tmp_path / "x")]
     assert main(args) == 0

@@ -422,3 +422,45 @@ def test_a_folders_name_is_gone_from_the_disk_before_its_files(tmp_path, monkeyp
     monkeypatch.setattr(io.shutil, "rmtree", lambda p: (events.append(("remove", p.name[:5])), remove(p)))
     io.remove_dir(path)
     assert events == [("sync", "place"), ("remove", ".tmp-")]
+
+
+def test_one_writer_at_a_time(tmp_path):
+    path = tmp_path / "new" / "box"
+    with io.sole_writer(path):
+        with pytest.raises(CheckpointError, match=r"another process is writing .*box: wait until it ends"), io.sole_writer(path):
+            raise AssertionError
+        with io.sole_writer(tmp_path / "new" / "other"):
+            pass
+    assert list(path.parent.iterdir()) == []
+    (path.parent / ".lock-box").touch()  # of a killed writer
+    with io.sole_writer(path):
+        pass
+    assert list(path.parent.iterdir()) == []
+
+
+def test_a_lock_on_a_file_that_is_gone_is_none(tmp_path, monkeypatch):
+    """The last owner removes the file between our opening it and our locking it."""
+    lock, true = tmp_path / ".lock-box", io.fcntl.flock
+
+    def late(descriptor, how):
+        monkeypatch.setattr(io.fcntl, "flock", true)
+        lock.unlink()
+        true(descriptor, how)
+
+    monkeypatch.setattr(io.fcntl, "flock", late)
+    with io.sole_writer(tmp_path / "box"):
+        assert lock.exists()
+        with pytest.raises(CheckpointError, match="another process is writing"), io.sole_writer(tmp_path / "box"):
+            raise AssertionError
+
+
+def test_what_safetensors_cannot_write_is_our_error(tmp_path, monkeypatch):
+    import safetensors.torch
+
+    def full(*args, **kw):
+        raise safetensors.SafetensorError("I/O error: No space left on device (os error 28)")
+
+    monkeypatch.setattr(safetensors.torch, "save_file", full)
+    with pytest.raises(CheckpointError, match=r"x\.safetensors cannot be written \(I/O error: No space .*free some room"):
+        io.save_tensors(tmp_path / "x.safetensors", {"a": torch.ones(1)})
+    assert list(tmp_path.iterdir()) == []

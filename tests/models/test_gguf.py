@@ -631,7 +631,10 @@ PHI3 = {"model_type": "phi3", "original_max_position_embeddings": 8}
 @pytest.mark.parametrize(
     ("fields", "message"),
     [
-        ({"model_type": "bert"}, r"model_type 'bert' has no GGUF form here; there are llama, mistral, .*, gpt2$"),
+        (
+            {"model_type": "bert"},
+            r"model_type 'bert' has no GGUF form here; there are llama, mistral, .*, gpt2: export it with --to hf$",
+        ),
         ({"model_type": "qwen"}, r"model_type 'qwen' has no GGUF form here; .*; did you mean 'qwen3'\?"),
         ({"hidden_act": "relu"}, "hidden_act is 'relu', which is not supported for llama as GGUF"),
         ({"model_type": "gemma2", "hidden_activation": "gelu"}, "hidden_activation is 'gelu', which is not supported for gemma2"),
@@ -668,7 +671,10 @@ PHI3 = {"model_type": "phi3", "original_max_position_embeddings": 8}
             GEMMA2 | {"model_type": "gemma3_text"},
             "attn_logit_softcapping is 50.0, which is not supported for gemma3_text as GGUF",
         ),
-        (QWEN_MOE, "norm_topk_prob is false, and llama.cpp normalises the gates: llama.cpp cannot run this model as it is"),
+        (
+            QWEN_MOE,
+            "llama.cpp normalises the gates: llama.cpp cannot run this model as it is; export it with --to hf",
+        ),
         (
             QWEN_MOE | {"norm_topk_prob": True, "mlp_only_layers": [1]},
             "mlp_only_layers or decoder_sparse_step makes layers without",

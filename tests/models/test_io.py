@@ -10,6 +10,7 @@ import pytest
 import torch
 from safetensors.torch import load_file, save_file
 
+from athanor.compress import formats
 from athanor.core import plugins
 from athanor.core.errors import CheckpointError
 from athanor.core.weights import save_sharded
@@ -106,7 +107,30 @@ def test_a_config_without_a_model_type_is_refused(folder, content):
     refused(folder, r"config\.json has no 'model_type': it is not the config of a model")
 
 
+def test_a_class_that_is_not_computed_is_named_where_its_weights_do_not_fit(folder, edit):
+    edit(architectures=["LlamaForTelepathy"])
+    io.load(folder)
+    edit(tensors=lambda tensors: tensors | {"telepathy.weight": torch.zeros(2)})
+    message = r"config\.json: architectures names 'LlamaForTelepathy', a class that is not computed here, and the weights have no"
+    refused(
+        folder, message + r" place in another \(unexpected: telepathy\.weight\)\. Use a checkpoint of a class that ends in Model,"
+    )
+
+
+def test_token_ids_that_are_none_say_in_which_folder(folder, edit):
+    edit(bos_token_id="<s>")
+    refused(folder, re.escape(f"{folder}/config.json: bos_token_id is '<s>' and must be a token id: copy it again"))
+
+
+def test_what_is_wrong_with_a_quantisation_says_in_which_folder(folder, edit):
+    edit(quantization_config=3)
+    with pytest.raises(CheckpointError, match=re.escape(f"{folder}/config.json: quantization_config is 3 but must be a table")):
+        io.load(folder, formats.prepare)
+
+
 def test_an_unknown_architecture_is_refused_with_the_nearest_name(folder, edit):
+    edit(model_type="xyzxyz")
+    refused(folder, r"config\.json: no architecture computes model_type 'xyzxyz'\. There are: bart, ")
     edit(model_type="lama")
     refused(folder, r"config\.json: no architecture computes model_type 'lama'; did you mean 'llama'\?")
 

@@ -1,8 +1,10 @@
 import math
+import pickle
 import struct
 
 import pytest
 import torch
+from safetensors.torch import save_file
 from tokenizers import Tokenizer
 from torch.nn import functional
 from transformers import LlamaConfig, LlamaForCausalLM
@@ -140,15 +142,15 @@ def test_a_file_of_another_length_is_refused_with_both_lengths(tmp_path, version
 @pytest.mark.parametrize(
     ("field", "value", "message"),
     [
-        (0, 0, r"every number of its header _Shape\(dim=0, .* must be at least 1"),
-        (1, -24, "hidden_dim=-24, .* must be at least 1"),
-        (2, 0, "n_layers=0, .* must be at least 1"),
+        (0, 0, r"every number of its header \(dim 0, .* must be at least 1"),
+        (1, -24, "hidden_dim -24, .* must be at least 1"),
+        (2, 0, "n_layers 0, .* must be at least 1"),
         (3, 3, "n_heads must divide dim into heads of even width"),
         (3, 16, "n_heads must divide dim into heads of even width"),
         (4, 3, "n_kv_heads n_heads"),
-        (6, -1, "seq_len=-1, .* must be at least 1"),
-        (2, 2**31 - 1, "n_layers=2147483647, .* asks for"),
-        (5, 2**31 - 1, "vocab_size=2147483647, .* asks for"),
+        (6, -1, "seq_len -1, .* must be at least 1"),
+        (2, 2**31 - 1, "n_layers 2147483647, .* asks for"),
+        (5, 2**31 - 1, "vocab_size 2147483647, .* asks for"),
     ],
 )
 def test_absurd_headers_are_refused_before_memory_is_taken(tmp_path, version, field, value, message):
@@ -161,8 +163,35 @@ def test_absurd_headers_are_refused_before_memory_is_taken(tmp_path, version, fi
 
 def test_the_vocabulary_of_version_1_has_no_sign(tmp_path):
     shape = (*SHAPE[:5], -11, SHAPE[6])
-    with pytest.raises(CheckpointError, match=r"vocab_size=-11, .* must be at least 1"):
+    with pytest.raises(CheckpointError, match=r"vocab_size -11, .* must be at least 1"):
         _llama2c.read(_file(tmp_path / "model.bin", _weights(tied=False), 1, shape))
+
+
+def _gguf(path):
+    path.write_bytes(b"GGUF" + bytes(300))
+
+
+@pytest.mark.parametrize(
+    ("write", "what"),
+    [
+        (_gguf, "a GGUF file, which is written here and not read: give the Hugging Face folder that it"),
+        (lambda path: save_file({"w": torch.ones(99)}, path), "a safetensors file: give the folder that it belongs to"),
+        (lambda path: torch.save({"w": torch.ones(99)}, path), "a pickle or an archive of them: give the folder"),
+        (lambda path: path.write_bytes(pickle.dumps([1])), "a pickle or an archive of them: .* with --pickled if you trust"),
+        (lambda path: path.write_text('\n{"model_type": "llama"}'), "a JSON file: give the folder that it belongs to"),
+    ],
+)
+def test_other_files_are_named(tmp_path, write, what):
+    write(tmp_path / "model.bin")
+    with pytest.raises(CheckpointError, match=f"model.bin is no llama2.c file but seems to be {what}"):
+        _llama2c.read(tmp_path / "model.bin")
+
+
+@pytest.mark.parametrize("width", [640, 896, 1152, 1408])
+def test_a_width_that_begins_like_a_pickle_is_one(tmp_path, width):
+    (tmp_path / "model.bin").write_bytes(struct.pack("<7i", width, 8, 1, 2, 2, 9, 4))
+    with pytest.raises(CheckpointError, match=rf"has 28 bytes and its header \(dim {width}, .* asks for"):
+        _llama2c.read(tmp_path / "model.bin")
 
 
 @pytest.mark.parametrize(("version", "what"), [(2, "quantised to int8"), (3, "unknown here"), (-1, "unknown here")])

@@ -1,6 +1,7 @@
 """`athanor import`: from folders, llama2.c files and the hub into a folder of ours."""
 
 import json
+import shlex
 import shutil
 
 import pytest
@@ -8,7 +9,8 @@ import torch
 
 import athanor
 from athanor import cli
-from athanor.core import hub
+from athanor.core import hub, io
+from athanor.recipes import import_model
 from tests.test_families import byte_level, made, word_pieces
 from tests.tokenizer.test_llama2c import HEAD, learn, write
 
@@ -36,9 +38,50 @@ def test_a_folder(run, tmp_path):
     with torch.no_grad():
         assert torch.allclose(lm.logits(ids), theirs(ids).logits, atol=1e-5, rtol=0)
     assert lm.lineage["source"] == "theirs" and lm.lineage["parent"] is None
-    # A folder that was imported may be imported anew.
-    assert run(tmp_path / "theirs", "--out", tmp_path / "ours", "--dtype", "bfloat16")[0] == 0
-    assert next(athanor.load(tmp_path / "ours").model.parameters()).dtype == torch.bfloat16
+    assert run(tmp_path / "theirs", "--out", tmp_path / "half", "--dtype", "bfloat16")[0] == 0
+    assert next(athanor.load(tmp_path / "half").model.parameters()).dtype == torch.bfloat16
+
+
+def test_what_is_there_already_stays(run, tmp_path):
+    made(("llama", "tiny"), tmp_path / "theirs")
+    assert run(tmp_path / "theirs", "--out", tmp_path / "ours")[0] == 0
+    (tmp_path / "ours" / "notes.txt").write_text("mine")
+    (tmp_path / "link").symlink_to("ours")
+    (tmp_path / "dangling").symlink_to("nowhere")
+    for name in ("ours", "link", "dangling"):
+        status, _, err = run(tmp_path / "theirs", "--out", tmp_path / name)
+        assert status == 1 and f"out ({tmp_path / name}) exists already: name another, or remove it" in err
+    assert (tmp_path / "ours" / "notes.txt").read_text() == "mine"
+    assert (tmp_path / "link").is_symlink() and (tmp_path / "dangling").is_symlink()
+
+
+def test_two_imports_to_one_place(run, tmp_path, monkeypatch):
+    """The second is refused while the first writes, and when the first was done after the second had looked."""
+    made(("llama", "tiny"), tmp_path / "theirs")
+    with io.sole_writer(tmp_path / "ours"):
+        status, _, err = run(tmp_path / "theirs", "--out", tmp_path / "ours")
+    assert status == 1
+    assert f"another process is writing {tmp_path / 'ours'}: wait until it ends, or name another place" in err
+    true = import_model.load
+
+    def slow(*args, **kw):
+        lm = true(*args, **kw)
+        (tmp_path / "ours").mkdir()
+        return lm
+
+    monkeypatch.setattr(import_model, "load", slow)
+    status, _, err = run(tmp_path / "theirs", "--out", tmp_path / "ours")
+    assert status == 1 and "exists already: name another, or remove it" in err
+    assert sorted(p.name for p in tmp_path.iterdir()) == ["ours", "theirs"] and not list((tmp_path / "ours").iterdir())
+
+
+def test_the_next_commands_can_be_pasted(run, tmp_path):
+    made(("llama", "tiny"), tmp_path / "theirs", byte_level)
+    out = tmp_path / "it's $here now"
+    status, said, _ = run(tmp_path / "theirs", "--out", out)
+    commands = [shlex.split(line) for line in said.splitlines()[1:]]
+    assert status == 0 and commands[:2] == [["athanor", "inspect", str(out)], ["athanor", "verify", str(out)]]
+    assert commands[2][:2] == ["python", "-c"] and repr(str(out)) in commands[2][2]
 
 
 def test_an_encoder_says_what_it_is_good_for(run, tmp_path):
@@ -114,8 +157,8 @@ def test_code_in_a_folder_is_never_run(run, tmp_path):
         (["nowhere"], "'nowhere' is neither a folder here nor a model id of the form org/name: check the spelling"),
         (["m", "--tokenizer", "t.bin"], "tokenizer (t.bin) is for llama2.c files, and m is none: leave it out"),
         (["m", "--revision", "v1"], "revision (v1) is for ids of the hub, and m is here: leave it out"),
-        (["m", "--out", "m"], "out (m) exists and was not imported or trained here: it would be replaced; name a new folder"),
-        (["m", "--out", "other"], "out (other) exists and was not imported or trained here"),
+        (["m", "--out", "./m"], "out (m) is the source itself, which would be lost: name a new folder"),
+        (["m", "--out", "other"], "out (other) exists already: name another, or remove it"),
     ],
 )
 def test_refused(run, tmp_path, monkeypatch, arguments, message):

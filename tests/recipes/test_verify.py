@@ -10,6 +10,7 @@ from athanor.compress.apply import compress
 from athanor.core.errors import VerificationError
 from athanor.lm import LM, load
 from athanor.models import llama
+from athanor.models.base import TokenIds
 from athanor.nn import paged
 from athanor.recipes import verify
 
@@ -161,6 +162,59 @@ def test_other_families_are_asked_what_can_be_asked_of_them(tmp_path, case, caps
     else:
         assert findings["L2", "cached and uncached"]["skipped"] == "the model has no tokenizer"
         assert any(f["law"] == "L4" and not f["skipped"] for f in findings.values())
+
+
+@pytest.mark.parametrize(
+    ("family", "task"),
+    [
+        ("bert", "sequence"),
+        ("bert", "question"),
+        ("roberta", "token"),
+        ("gpt2", "sequence"),
+        ("bart", "sequence"),
+        ("t5", "token"),
+        ("bart", None),
+    ],
+)
+def test_classifiers_and_bare_models_are_compared(tmp_path, family, task):
+    from athanor.models import heads, io
+    from tests.models.reference import config_of
+
+    model = io.build(family, config_of((family, "tiny")), seed=0)
+    model.token_ids = TokenIds(0, (2,), 1, 3)
+    if task is None:
+        model.fields = {"architectures": [heads.class_of(model, "Model")]}
+        model.behead()
+    else:
+        model = heads.attach(model, task, 2, generator=torch.Generator().manual_seed(0))
+    findings = verify.verify(load(LM(model.eval(), None).save(tmp_path / "model")))
+    assert all(f.passed for f in findings)
+    assert [(f.compared.split(":")[0], f.skipped) for f in findings if f.law in ("L3", "L7")] == [
+        ("packed and separate", ""),
+        ("saved and loaded again", ""),
+        ("ours and transformers", ""),
+    ]
+
+
+def test_a_wrong_head_is_found(tmp_path, monkeypatch):
+    from athanor.models import heads, io
+    from tests.models.reference import config_of
+
+    model = heads.attach(io.build("bert", config_of(("bert", "tiny")), seed=0), "token", 3, generator=torch.Generator())
+    folder = LM(model.eval(), None).save(tmp_path / "model")
+    true = heads.Head.forward
+    monkeypatch.setattr(heads.Head, "forward", lambda self, hidden: true(self, hidden) * 1.01)
+    assert [f.compared.split(":")[0] for f in verify.verify(load(folder)) if not f.passed] == ["ours and transformers"]
+
+
+def test_what_transformers_cannot_be_asked_says_why(tmp_path):
+    from athanor.models import heads, io
+    from tests.models.reference import config_of
+
+    case = ("longformer", "tiny")
+    model = heads.attach(io.build("longformer", config_of(case), seed=0), "question", generator=torch.Generator().manual_seed(0))
+    last = verify.verify(load(LM(model.eval(), None).save(tmp_path / "model")))[-1]
+    assert last.skipped == "there it looks everywhere from the question, which it knows by its separators, and the probe has none"
 
 
 def test_a_model_with_a_tokenizer_of_its_own(tmp_path, capsys):

@@ -1,11 +1,13 @@
 """Files that are never half there: atomic writes, JSON, hashes and safetensors.
 
-One writer per path is assumed. A temporary sibling is named `.tmp-XXXXXXXX-NAME`, a folder about to be replaced
-`.old-XXXXXXXX-NAME`; both are left behind only by a killed writer, and `recover` puts them right.
+One writer per path is assumed; `sole_writer` sees to it where a user may start two. A temporary sibling is named
+`.tmp-XXXXXXXX-NAME`, a folder about to be replaced `.old-XXXXXXXX-NAME`; both are left behind only by a killed writer, and
+`recover` puts them right.
 """
 
 from __future__ import annotations
 
+import fcntl
 import hashlib
 import json
 import math
@@ -90,6 +92,44 @@ def recover(path: PathLike) -> None:
             _sync(path.parent)
     for temporary in _leftovers(path, "tmp"):
         _remove(temporary)
+
+
+@contextmanager
+def sole_writer(path: PathLike) -> Iterator[None]:
+    """Keep other processes that ask for the same from writing `path` until the block ends; a killed one keeps nobody out.
+
+    The lock is on a file beside `path`, `.lock-NAME`, which is removed in the end.
+
+    Raises CheckpointError when another process writes `path`.
+    """
+    path = Path(path)
+    path.parent.mkdir(parents=True, exist_ok=True)
+    lock = path.with_name(f".lock-{path.name}")
+    descriptor = _locked(lock)
+    if descriptor is None:
+        raise CheckpointError(f"another process is writing {path}: wait until it ends, or name another place")
+    try:
+        yield
+    finally:
+        lock.unlink(missing_ok=True)
+        os.close(descriptor)
+
+
+def _locked(lock: Path) -> int | None:
+    """A descriptor of the file `lock`, made when it is missing, with the lock on it; None where another process has that."""
+    while True:
+        descriptor = os.open(lock, os.O_RDWR | os.O_CREAT)
+        try:
+            fcntl.flock(descriptor, fcntl.LOCK_EX | fcntl.LOCK_NB)
+            if lock.exists() and os.path.samestat(os.fstat(descriptor), lock.stat()):
+                return descriptor
+        except BlockingIOError:
+            os.close(descriptor)
+            return None
+        except BaseException:
+            os.close(descriptor)
+            raise
+        os.close(descriptor)  # of a file that its last owner removed in the meantime
 
 
 @contextmanager
@@ -207,14 +247,21 @@ def sha256_text(text: str) -> str:
 
 
 def save_tensors(path: PathLike, tensors: Mapping[str, torch.Tensor], metadata: Mapping[str, str] | None = None) -> None:
-    """Write named tensors as a safetensors file, atomically. Tensors that share memory are refused by the format's library."""
+    """Write named tensors as a safetensors file, atomically. Tensors that share memory are refused by the format's library.
+
+    Raises CheckpointError when the library cannot write them, as on a full disk.
+    """
+    from safetensors import SafetensorError
     from safetensors.torch import save_file
 
     with atomic_file(Path(path)) as temporary:
         temporary.touch()
         mode = temporary.stat().st_mode  # the user's own; the library makes files that nobody else may read
         contiguous = {name: tensor.detach().contiguous() for name, tensor in tensors.items()}
-        save_file(contiguous, temporary, metadata=dict(metadata) if metadata else None)
+        try:
+            save_file(contiguous, temporary, metadata=dict(metadata) if metadata else None)
+        except SafetensorError as error:  # it has no errors of the system
+            raise CheckpointError(f"{path} cannot be written ({error}): free some room, or choose another place") from error
         _order_metadata(temporary)
         temporary.chmod(mode)
 

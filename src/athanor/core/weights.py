@@ -11,7 +11,9 @@ import json
 import math
 import mmap
 import os
+import pickle
 import re
+import warnings
 import zipfile
 from collections import Counter
 from collections.abc import Iterator, Mapping, Sequence
@@ -292,8 +294,15 @@ def _pickle(path: Path) -> dict[str, Entry]:
             with zipfile.ZipFile(path) as archive:
                 if any(member.compress_type != zipfile.ZIP_STORED for member in archive.infolist()):
                     raise ValueError("a member is compressed")  # torch never writes one, and maps it as if it were not
-        with torch.sparse.check_sparse_tensor_invariants():  # refused below, but made here already, by indices of any kind
+        with torch.sparse.check_sparse_tensor_invariants(), warnings.catch_warnings():  # sparse ones are refused below only
+            warnings.simplefilter("ignore")  # of a protocol that torch reads in part; if it does not, that is an error
             content = torch.load(path, map_location="cpu", mmap=zipped, weights_only=True)
+    except pickle.UnpicklingError as error:  # torch's own words are how to read the file all the same
+        named = re.search(r"GLOBAL (\S+)", str(error))
+        reason = f"it names {named[1]!r:.100}" if named else "it is damaged, or holds something else"
+        raise CheckpointError(
+            f"{path} is not a pickle of tensors alone ({reason}): do not trust it, and get the weights as safetensors"
+        ) from error
     except Exception as error:  # whatever a damaged or hostile pickle brings about
         reason = str(error).strip().split("\n")[0] or type(error).__name__
         raise CheckpointError(f"{path} is not a pickle of tensors alone ({reason:.300}): {_AGAIN}") from error

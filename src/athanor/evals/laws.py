@@ -19,6 +19,7 @@ from torch import Tensor
 from athanor.core import io
 from athanor.infer.engine import Engine
 from athanor.models.base import CausalLM, EncoderDecoder, LanguageModel
+from athanor.models.heads import Headed
 from athanor.nn.context import Bidirectional, Causal, Memory, Packed, WithMemory
 from athanor.tokenizer.bpe import TOKENIZER_FILE, Tokenizer
 from athanor.tokenizer.chat import TEMPLATE, Rendered, render
@@ -164,6 +165,8 @@ def hidden_packed_is_separate(model: LanguageModel, sequences: Sequence[Sequence
 def _hidden(model: LanguageModel, ids: Tensor, lengths: Tensor, answers: Tensor, answer_lengths: Tensor) -> Tensor:
     """Of sequences laid end to end, (N,) -> (N, D)."""
     ctx = Packed(lengths, causal=False)
+    if isinstance(model, Headed):
+        return model.read(ids.unsqueeze(0), ctx)[0]
     if not isinstance(model, EncoderDecoder):
         return model.hidden(ids.unsqueeze(0), ctx)[0]
     memory = Memory(model.encode(ids.unsqueeze(0), ctx), lengths)
@@ -193,15 +196,31 @@ def same_logits(
     return Finding("L7", f"{compared}: logits of {len(ids)} tokens", _largest(a - b) / scale, 0.0 if exactly else LOGITS)
 
 
+def readable(model: LanguageModel, ids: Sequence[int]) -> list[int]:
+    """`ids` without what other programs take for padding, and with the end of text that a head may read."""
+    special = model.token_ids
+    out = [(0 if special.pad else 1) if id == special.pad else id for id in ids]
+    if isinstance(model, Headed) and model.head.pools and model.kind == "encoder_decoder" and special.eos:
+        out[-1] = special.eos[0]
+    return out
+
+
 def outputs(model: LanguageModel) -> Callable[[Tensor], Tensor]:
-    """What a model computes of ids (1, T): logits, or hidden states where it has no logits."""
+    """What a model computes of ids (1, T): its head's logits, or hidden states where it has no head."""
 
     def run(ids: Tensor) -> Tensor:
+        whole, causal = Bidirectional(1, ids.shape[1]), Causal(1, ids.shape[1])
         if isinstance(model, EncoderDecoder):
+            if model.task == "none":
+                return model.hidden(ids, WithMemory(causal, Memory(model.encode(ids, whole))))
             out: Tensor = model(ids, ids)
             return out
         if model.task == "none":
-            return model.hidden(ids, Bidirectional(1, ids.shape[1]) if model.kind == "encoder" else Causal(1, ids.shape[1]))
+            return model.hidden(ids, whole if model.kind == "encoder" else causal)
+        if model.task == "following":
+            bert: Any = model
+            out = bert.next_sentence(model.hidden(ids, whole)[:, 0])
+            return out
         out = model(ids)
         return out
 
@@ -220,16 +239,22 @@ def same_in_transformers(model: LanguageModel, folder: Path, quantised: bool, id
     from transformers.utils import logging
 
     named = (io.read_json(folder / "config.json").get("architectures") or ["none"])[0]
-    if model.task not in ("lm", "none") or not hasattr(transformers, named):
-        return skipped(f"transformers has no model {named!r}, or it gives more than logits")
+    if not hasattr(transformers, named):
+        return skipped(f"transformers has no model {named!r}")
+    if (model.model_type, model.task) == ("longformer", "question"):
+        return skipped("there it looks everywhere from the question, which it knows by its separators, and the probe has none")
     logging.disable_progress_bar()
+    logging.set_verbosity_error()
     theirs = getattr(transformers, named).from_pretrained(folder, dtype=torch.float32).eval()
 
     def other(tensor: Tensor) -> Tensor:
         answers = {"decoder_input_ids": tensor} if isinstance(model, EncoderDecoder) else {}
         with torch.inference_mode():
             found = theirs(tensor, **answers)
-        logits: Tensor = found.last_hidden_state if model.task == "none" else found.logits
+        if model.task == "question":
+            return torch.stack((found.start_logits, found.end_logits), -1)
+        name = "last_hidden_state" if model.task == "none" else "logits"
+        logits: Tensor = found["prediction_logits" if "prediction_logits" in found else name]  # BERT's, before next sentences
         return logits
 
     return same_logits("ours and transformers", outputs(model), other, ids, exactly=False)

@@ -100,6 +100,14 @@ def write(
     return tuple(notes)
 
 
+def context(file: Path) -> int:
+    """Tokens that a GGUF file says its model takes."""
+    from gguf import GGUFReader
+
+    fields = GGUFReader(file).fields
+    return int(next(field for name, field in fields.items() if name.endswith(".context_length")).contents())
+
+
 @dataclass(frozen=True)
 class _Place:
     """A converted tensor in the scratch file.

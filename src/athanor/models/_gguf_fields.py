@@ -19,7 +19,7 @@ if TYPE_CHECKING:
 
 _SILU = ("hidden_act", ("silu", "swish"))
 _GELU = ("hidden_activation", ("gelu_pytorch_tanh",))
-_AS_IT_IS = "llama.cpp cannot run this model as it is"
+_AS_IT_IS = "llama.cpp cannot run this model as it is; export it with --to hf"
 
 
 @dataclass(frozen=True)
@@ -80,7 +80,8 @@ def form(fields: Mapping[str, Any]) -> Form:
     model_type = fields.get("model_type")
     if model_type not in FORMS:
         raise CheckpointError(
-            f"model_type {model_type!r} has no GGUF form here; there are {', '.join(FORMS)}{nearest(str(model_type), FORMS)}"
+            f"model_type {model_type!r} has no GGUF form here; there are {', '.join(FORMS)}{nearest(str(model_type), FORMS)}:"
+            " export it with --to hf"
         )
     return FORMS[model_type]
 

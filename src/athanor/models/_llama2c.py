@@ -10,7 +10,7 @@ from __future__ import annotations
 
 import math
 import struct
-from dataclasses import dataclass
+from dataclasses import asdict, dataclass
 from pathlib import Path
 from typing import Any, BinaryIO
 
@@ -41,6 +41,9 @@ class _Shape:
     def head_dim(self) -> int:
         return self.dim // self.n_heads
 
+    def __str__(self) -> str:
+        return f"({', '.join(f'{name} {value}' for name, value in asdict(self).items())})"
+
 
 def read(path: Path) -> tuple[dict[str, Any], dict[str, Tensor]]:
     """The model in `path`: fields of a Hugging Face config.json, and its tensors under Hugging Face's names.
@@ -70,6 +73,9 @@ def read(path: Path) -> tuple[dict[str, Any], dict[str, Tensor]]:
 def _read_header(file: BinaryIO, path: Path) -> tuple[int, _Shape]:
     """Version and shape; leaves `file` at the first weight."""
     head = file.read(_HEADER_1)
+    other = _other(head)
+    if other is not None:
+        raise CheckpointError(f"{path} is no llama2.c file but seems to be {other}")
     version = 0
     if len(head) >= 8 and struct.unpack_from("<I", head)[0] == _MAGIC:
         version = struct.unpack_from("<i", head, 4)[0]
@@ -91,6 +97,22 @@ def _read_header(file: BinaryIO, path: Path) -> tuple[int, _Shape]:
         )
     file.seek(length)
     return version, shape
+
+
+def _other(head: bytes) -> str | None:
+    """Which other file begins like that, and what to give instead; None for what may be a llama2.c file."""
+    folder = "give the folder that it belongs to, which has the config.json"
+    if head[8:10] == b'{"':
+        return f"a safetensors file: {folder}"
+    if b"\0" in head[:4]:  # a width of less than 2**24, such as 640, which begins like a pickle
+        return None
+    if head.startswith(b"GGUF"):
+        return "a GGUF file, which is written here and not read: give the Hugging Face folder that it was made from"
+    if head.startswith((b"PK\x03\x04", b"\x80\x02", b"\x80\x03", b"\x80\x04", b"\x80\x05")):
+        return f"a pickle or an archive of them: {folder}, with --pickled if you trust its source"
+    if head.lstrip()[:1] in (b"{", b"["):
+        return f"a JSON file: {folder}"
+    return None
 
 
 def _parts(version: int, shape: _Shape) -> list[tuple[str, tuple[int, ...]]]:

@@ -3,7 +3,8 @@
 from __future__ import annotations
 
 import re
-from collections.abc import Callable, Mapping, Sequence, Set
+from collections.abc import Callable, Iterator, Mapping, Sequence, Set
+from contextlib import contextmanager
 from pathlib import Path
 from types import ModuleType
 from typing import Any, Protocol
@@ -25,6 +26,16 @@ WEIGHTS = "model.safetensors"
 _SHOWN = 6  # names listed in an error before it says how many more there are
 _TOKENS = ("bos_token_id", "eos_token_id", "pad_token_id", "decoder_start_token_id", "forced_bos_token_id")
 _SHARD = 5_000_000_000  # bytes
+# What the classes of transformers that are computed here end in.
+_CLASSES = (
+    "Model",
+    "ForCausalLM",
+    "ForConditionalGeneration",
+    "ForMaskedLM",
+    "ForPreTraining",
+    "ForNextSentencePrediction",
+    *(head.suffix for head in heads.HEADS.values()),
+)
 # Fields of config.json that a folder written anew must not inherit.
 _OWN = ("quantization_config", "auto_map", "transformers_version", "_name_or_path", "torch_dtype", "transformers_weights")
 
@@ -53,7 +64,7 @@ def architecture(model_type: str) -> ModuleType:
     if model_type in types:
         return plugins.require("models", types[model_type], "Model", "Config")
     raise PluginError(
-        f"no architecture computes model_type {model_type!r}{nearest(model_type, [*known, *types])} There are:"
+        f"no architecture computes model_type {model_type!r}{nearest(model_type, [*known, *types]) or '.'} There are:"
         f" {', '.join(sorted({*known, *types}))}. To add one, write the file models/{model_type}.py."
     )
 
@@ -251,26 +262,35 @@ def _open(
         raise CheckpointError(
             f"{folder}/config.json describes a {fields['model_type']} that no memory holds ({error}): copy it again"
         ) from error
-    model.token_ids, model.fields = _token_ids(fields | _generation(folder)), fields
-    try:
-        with torch.device("meta"):
-            model = heads.named(model, fields)
-    except CheckpointError as error:
-        raise CheckpointError(f"{folder}/{error}") from error
+    model.fields, ids = fields, fields | _generation(folder)
+    with _config_of(folder), torch.device("meta"):
+        model.token_ids = _token_ids(ids)
+        model = heads.named(model, fields)
     weights = open_weights(folder, pickled=pickled)
     names = _Names(model, weights, folder)
-    tied = model.tied_keys()
+    tied, named = model.tied_keys(), _architecture_named(fields)
     with torch.device("meta"):
-        model.become(_architecture_named(fields), names.__contains__)
+        model.become(named, names.__contains__)
     names.tied = dict(model.tied_keys())
-    names.headless = names.tied.keys() - tied.keys(), _architecture_named(fields)
+    names.headless = names.tied.keys() - tied.keys(), named
     _check_ids(model, fields, folder)
-    layout = prepare(model, fields) if prepare else None
+    with _config_of(folder):
+        layout = prepare(model, fields) if prepare else None
     expected = model.to_hf(model.state_dict())
+    known = named.endswith(_CLASSES) or named in ("", *model.config.to_hf().get("architectures", ()))
     unsaid = isinstance(model, heads.Headed) and model.task != "question" and not {"id2label", "num_labels"} & fields.keys()
     hint = " (config.json has neither id2label nor num_labels, so there are 2 labels: add one)" if unsaid else ""
-    _check(names, layout.encode(expected) if layout else expected, folder, hint)
+    _check(names, layout.encode(expected) if layout else expected, folder, None if known else named, hint)
     return model, names, layout
+
+
+@contextmanager
+def _config_of(folder: Path) -> Iterator[None]:
+    """What is wrong with config.json says whose it is."""
+    try:
+        yield
+    except CheckpointError as error:
+        raise CheckpointError(f"{folder}/{error}") from error
 
 
 def _generation(folder: Path) -> dict[str, Any]:
@@ -344,7 +364,7 @@ def _architecture_named(fields: Mapping[str, Any]) -> str:
     return named[0] if isinstance(named, list) and named and isinstance(named[0], str) else ""
 
 
-def _check(names: _Names, expected: Mapping[str, Tensor], folder: Path, hint: str) -> None:
+def _check(names: _Names, expected: Mapping[str, Tensor], folder: Path, stranger: str | None, hint: str) -> None:
     problems = names.tied_twins(expected)
     both = sorted(expected.keys() & names.theirs.keys())
     missing = sorted(k for k in expected.keys() - names.theirs.keys() if names.tied.get(k) not in names.theirs)
@@ -376,6 +396,11 @@ def _check(names: _Names, expected: Mapping[str, Tensor], folder: Path, hint: st
             found = names.read(k)
             if not torch.equal(found, expected[k]):
                 problems.append(f"{k} says {found.tolist()} and must say {expected[k].tolist()}")
+    if problems and stranger:
+        raise CheckpointError(
+            f"{folder}/config.json: architectures names {stranger!r}, a class that is not computed here, and the weights have"
+            f" no place in another ({'; '.join(problems)}). Use a checkpoint of a class that ends in {', '.join(_CLASSES)}."
+        )
     if problems:
         raise CheckpointError(
             f"{folder}: the weights do not fit {folder / 'config.json'}: {'; '.join(problems)}."

@@ -6,7 +6,7 @@ athanor export runs/first --to gguf --kind q8_0
 
 from __future__ import annotations
 
-import shutil
+import os
 import tempfile
 from contextlib import redirect_stderr
 from dataclasses import dataclass
@@ -27,6 +27,11 @@ from athanor.models import _gguf
 POSITIONAL = ("path",)
 # Of GGUF files read back, by kind: the largest root mean square difference of logits, as a share of their standard deviation.
 _ALLOWED = {"f32": 1e-3, "f16": 1e-2, "bf16": 3e-2, "q8_0": 0.1, "q4_0": 1.0}
+# Fields of config.json that llama.cpp knows from the file in its own way, and transformers takes for its own defaults.
+_UNREAD = {
+    "gemma2": ("query_pre_attn_scalar", "layer_types", "attn_logit_softcapping", "final_logit_softcapping"),
+    "gemma3_text": ("query_pre_attn_scalar", "layer_types", "rope_parameters", "final_logit_softcapping"),
+}
 
 
 @dataclass(frozen=True)
@@ -39,28 +44,37 @@ class Config:
     """The new folder or file; by default beside the checkpoint."""
     checkpoint: str | None = None
     """Which checkpoint of a run folder: base, sft, rl, int8, int4 ...; by default the run's own choice."""
-    kind: Literal["f32", "f16", "bf16", "q8_0", "q4_0"] = "f16"
-    """Of the matrices in a GGUF file."""
+    kind: _gguf.Kind | None = None
+    """Of the matrices in a GGUF file: f32, f16 (the default), bf16, q8_0 or q4_0."""
 
 
 def main(config: Config) -> None:
+    if config.to == "hf" and config.kind is not None:
+        raise ConfigError(
+            f"kind ({config.kind}) is for GGUF files, and to is hf: leave it out, or make a smaller model with `athanor quantize`"
+        )
     lm = load(config.path, config.checkpoint)
     assert lm.path is not None, "what was loaded has a path"
-    suffix = f"-{config.kind}.gguf" if config.to == "gguf" else "-hf"
+    kind = config.kind or "f16"
+    suffix = f"-{kind}.gguf" if config.to == "gguf" else "-hf"
     out = config.out or lm.path.parent / (lm.path.name + suffix)
-    if out.exists():
-        raise ConfigError(f"out ({out}) exists already: name another, or remove it")
-    (_hugging_face if config.to == "hf" else _to_gguf)(lm, out, config)
+    with io.sole_writer(out):
+        if os.path.lexists(out):
+            raise ConfigError(f"out ({out}) exists already: name another, or remove it")
+        if config.to == "hf":
+            _hugging_face(lm, out)
+        else:
+            _to_gguf(lm, out, kind)
 
 
 def _probe(lm: LM) -> list[int]:
     tokenizer = lm.tokenizer if lm.has_tokenizer else None
     probes = laws.sequences(tokenizer, min(lm.config.max_positions, 64), lm.config.vocab_size)
-    return max((s.ids for s in probes), key=len)
+    return laws.readable(lm.model, max((s.ids for s in probes), key=len))
 
 
-def _hugging_face(lm: LM, out: Path, config: Config) -> None:
-    with tempfile.TemporaryDirectory(dir=out.parent if out.parent.is_dir() else None) as folder:
+def _hugging_face(lm: LM, out: Path) -> None:
+    with tempfile.TemporaryDirectory(dir=out.parent) as folder:
         saved = lm.save(Path(folder, "model"))
         (saved / MANIFEST).unlink()  # ours alone
         ids, quantised = _probe(lm), bool(formats.describe(lm.model))
@@ -74,26 +88,25 @@ def _hugging_face(lm: LM, out: Path, config: Config) -> None:
                 raise VerificationError(
                     f"{f.compared} differ by {f.value:.3g}, and {f.tolerance:g} is allowed: nothing was written"
                 )
-        out.parent.mkdir(parents=True, exist_ok=True)
-        shutil.move(saved, out)
+        saved.rename(out)
     print(f"{out}: {sum(p.stat().st_size for p in out.iterdir() if p.is_file()):,} bytes")
     for f in findings:
         print(f"  {f.compared}: {f'skipped, {f.skipped}' if f.skipped else f'{f.value:.2g} apart'}")
 
 
-def _to_gguf(lm: LM, out: Path, config: Config) -> None:
+def _to_gguf(lm: LM, out: Path, kind: _gguf.Kind) -> None:
     if formats.describe(lm.model):
         raise ConfigError(f"{lm.name} is quantised: export the checkpoint that it was made from, which --kind quantises anew")
     fields = io.read_json(lm.path / "config.json") if lm.path else {}
     folder = lm.path if lm.has_tokenizer else None
-    notes = _gguf.write(out, fields, lm.model.to_hf(lm.model.state_dict()).items(), folder, config.kind)
-    found = _read_back(lm, out, config.kind)
-    if isinstance(found, float) and not found <= _ALLOWED[config.kind]:
-        out.unlink()
-        raise VerificationError(
-            f"transformers reads logits from the file that differ by {found:.3g} of their standard deviation, and"
-            f" {_ALLOWED[config.kind]:g} is allowed: the file was removed"
-        )
+    with io.atomic_file(out) as file:  # so that nothing stands there which was not read back
+        notes = [*_gguf.write(file, fields, lm.model.to_hf(lm.model.state_dict()).items(), folder, kind)]
+        found = _read_back(lm, file, notes)
+        if isinstance(found, float) and not found <= _ALLOWED[kind]:
+            raise VerificationError(
+                f"transformers reads logits from the file that differ by {found:.3g} of their standard deviation, and"
+                f" {_ALLOWED[kind]:g} is allowed: nothing was written"
+            )
     print(f"{out}: {out.stat().st_size:,} bytes")
     said = found if isinstance(found, str) else f"logits differ by {found:.2g} of their standard deviation"
     print(f"  read back by transformers: {said}")
@@ -101,8 +114,8 @@ def _to_gguf(lm: LM, out: Path, config: Config) -> None:
         print(f"  note: {note}")
 
 
-def _read_back(lm: LM, out: Path, kind: str) -> float | str:
-    """How far the file's logits are from the model's, or why they were not compared."""
+def _read_back(lm: LM, file: Path, notes: list[str]) -> float | str:
+    """How far the file's logits are from the model's, or why they were not compared; adds to `notes` how they were."""
     if not find_spec("transformers"):
         return "skipped, transformers is not installed"
     from transformers import AutoModelForCausalLM
@@ -110,17 +123,28 @@ def _read_back(lm: LM, out: Path, kind: str) -> float | str:
 
     logging.disable_progress_bar()
     logging.set_verbosity_error()
+    told = {name: lm.model.fields[name] for name in _UNREAD.get(lm.model.model_type, ()) if lm.model.fields.get(name)}
+    if told:
+        notes.append(f"transformers does not read {', '.join(told)} from such files: it was told")
     try:
         with redirect_stderr(StringIO()):  # a progress bar
             loaded: Any = AutoModelForCausalLM.from_pretrained(
-                out.parent, gguf_file=out.name, dtype=torch.float32, output_loading_info=True
+                file.parent, gguf_file=file.name, dtype=torch.float32, output_loading_info=True, **told
             )
     except (ValueError, NotImplementedError, KeyError) as error:
         return f"skipped, it does not read such files ({str(error).splitlines()[0]:.120})"
+    except RuntimeError as error:
+        if "ignore_mismatched_sizes" not in str(error):
+            raise
+        return "skipped, it does not read such files (it takes some sizes for those of its own defaults)"
     theirs, report = loaded
     if report["missing_keys"]:  # it goes on with random weights in their place
         return f"skipped, it finds no place for {len(report['missing_keys'])} tensors of such a file"
-    ids = torch.tensor([_probe(lm)])
+    probe = _probe(lm)
+    within = min(len(probe), _gguf.context(file))
+    if within < len(probe):
+        notes.append(f"read back within {within} tokens, which is all that the file says its model takes")
+    ids = torch.tensor([probe[:within]])
     with torch.inference_mode():
         ours, others = lm.model(ids).float(), theirs.eval()(ids).logits
     return float((ours - others).square().mean().sqrt() / ours.std())

@@ -9,6 +9,8 @@ Every tensor must have its place, and every setting its meaning: what this versi
 
 from __future__ import annotations
 
+import os
+import shlex
 import tempfile
 from contextlib import ExitStack
 from dataclasses import dataclass
@@ -34,7 +36,7 @@ class Config:
     source: str
     """A folder with config.json and weights, an id `org/name` of the Hugging Face hub, or a .bin file of llama2.c."""
     out: Path | None = None
-    """Folder of the result; `runs/` and the source's name by default."""
+    """The new folder; `runs/` and the source's name by default."""
     tokenizer: Path | None = None
     """For a llama2.c file: its tokenizer.bin; by default the only tok*.bin beside it."""
     revision: str | None = None
@@ -53,6 +55,9 @@ def main(config: Config) -> None:
     if config.revision is not None and source.exists():
         raise ConfigError(f"revision ({config.revision}) is for ids of the hub, and {source} is here: leave it out")
     out = config.out or Path("runs", source.stem if is_file else source.resolve().name)
+    if source.exists() and out.resolve() == source.resolve():
+        raise ConfigError(f"out ({out}) is the source itself, which would be lost: name a new folder")
+    _check_new(out)
     with ExitStack() as stack:
         if is_file:
             folder = Path(stack.enter_context(tempfile.TemporaryDirectory()))
@@ -61,12 +66,17 @@ def main(config: Config) -> None:
             folder = source
         else:
             folder = hub.fetch(config.source, config.revision, pickled=config.pickled)
-        if out.resolve() == folder.resolve() or (out.exists() and not (out / "athanor.json").is_file()):
-            raise ConfigError(f"out ({out}) exists and was not imported or trained here: it would be replaced; name a new folder")
         lm = load(folder, dtype=DTYPES[config.dtype] if config.dtype else None, pickled=config.pickled)
         lm.path = None
-        lm.save(out, parent=None, source=config.source if not source.exists() else source.name)
+        with io.sole_writer(out):
+            _check_new(out)  # once more: another import may have made it since
+            lm.save(out, parent=None, source=config.source if not source.exists() else source.name)
     _show(load(out), out)
+
+
+def _check_new(out: Path) -> None:
+    if os.path.lexists(out):
+        raise ConfigError(f"out ({out}) exists already: name another, or remove it")
 
 
 def _unpack(source: Path, vocabulary: Path | None, folder: Path) -> None:
@@ -92,9 +102,11 @@ def _show(lm: LM, out: Path) -> None:
     kind = "ours" if lm.has_tokenizer and isinstance(lm.tokenizer, Tokenizer) else "its own" if lm.has_tokenizer else "none"
     dtype = str(next(lm.model.parameters()).dtype).removeprefix("torch.")
     print(f"{lm.model.model_type}: {lm.model.n_parameters():,} parameters in {dtype}, tokenizer: {kind}; in {out}")
-    print(f"  athanor inspect {out}")
-    print(f"  athanor verify {out}")
-    if lm.model.kind in ("decoder", "encoder_decoder") and lm.has_tokenizer and lm.model.task == "lm":
-        print(f"  python -c \"import athanor; print(athanor.load('{out}').generate('Once', max_tokens=50))\"")
-    elif lm.has_tokenizer:
-        print(f"  python -c \"import athanor; print(athanor.load('{out}').embed(['a text']).shape)\"")
+    print(f"  {shlex.join(['athanor', 'inspect', str(out)])}")
+    print(f"  {shlex.join(['athanor', 'verify', str(out)])}")
+    if lm.has_tokenizer:
+        generates = lm.model.kind in ("decoder", "encoder_decoder") and lm.model.task == "lm"
+        said = "generate('Once', max_tokens=50)" if generates else "embed(['a text']).shape"
+        program = f"import athanor; print(athanor.load({str(out)!r}).{said})"
+        # It has single quotes itself, so double ones around it read better; a path may hold what means something in these.
+        print("  python -c", shlex.quote(program) if set(program) & set('"$`!\\') else f'"{program}"')

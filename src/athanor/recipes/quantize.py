@@ -6,7 +6,9 @@ from dataclasses import dataclass
 from pathlib import Path
 
 from athanor.compress import stage
-from athanor.lm import load
+from athanor.core import io
+from athanor.core.errors import ConfigError
+from athanor.lm import MANIFEST, load
 
 POSITIONAL = ("path",)
 
@@ -22,13 +24,18 @@ class Config:
     group: int | None = None
     """Columns that share a scale: 32, 64 or 128. By default 32 for 4 bits, and one scale per row for 8."""
     out: Path | None = None
-    """Folder of the result; `int8` or `int4` beside the checkpoint by default."""
+    """Folder of the result; `int8` or `int4` beside the checkpoint by default. An earlier one of this checkpoint is replaced."""
 
 
 def main(config: Config) -> int:
     lm = load(config.path, config.checkpoint)
     assert lm.path is not None, "what was loaded has a path"
     out = config.out or lm.path.parent / f"int{config.bits}"
+    earlier = _earlier(out)
+    if earlier is not None and earlier != lm.path.name:
+        raise ConfigError(
+            f"out ({out}) exists and was made of {earlier!r}, not of {lm.path.name!r}: name another with --out, or remove it"
+        )
     r = stage.run(lm, config.bits, config.group, out, lm.path.name, load)
     scales = f"groups of {r['group']}" if r["group"] else "one scale per row"
     print(
@@ -36,4 +43,13 @@ def main(config: Config) -> int:
         f" ({r['bytes_after'] / r['bytes_before']:.0%}), weights off by {r['mean_error']:.1e} on average and"
         f" {r['max_error']:.1e} at most; read back from {out}, logits differ by {r['logit_difference']:.0e}"
     )
+    if earlier is not None:
+        print("  it replaces the one that was there")
     return 0
+
+
+def _earlier(out: Path) -> str | None:
+    """The name of the checkpoint that a quantised model in `out` was made of; None where there is none."""
+    manifest = io.read_json(out / MANIFEST) if (out / MANIFEST).is_file() else None
+    lineage = manifest.get("lineage") if isinstance(manifest, dict) else None
+    return lineage.get("parent") if isinstance(lineage, dict) and "quantisation" in lineage else None

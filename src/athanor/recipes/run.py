@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import shlex
 import time
 from dataclasses import asdict, dataclass
 from pathlib import Path
@@ -121,7 +122,8 @@ class Life:
         recipe.main(recipe.Config(self.run))  # once more, so that its own time stands in it
         spent = self.state["spent"]
         print(f"\nA life of {spent / 60:.1f} minutes. Report: {self.run / 'report.html'}")
-        print(f"Chat with it:  athanor chat {self.run}\nServe it:      athanor serve {self.run}")
+        folder = shlex.quote(str(self.run))
+        print(f"Chat with it:  athanor chat {folder}\nServe it:      athanor serve {folder}")
 
     def _do(self, name: str, work: Any) -> None:
         if name in {s["name"] for s in self.state["stages"]}:

@@ -76,7 +76,7 @@ def verify(lm: LM, parallel: bool = False) -> list[Finding]:
     model = lm.model if next(lm.model.parameters()).dtype == torch.float32 else copy.deepcopy(lm.model).float()
     tokenizer = lm.tokenizer if lm.has_tokenizer else None
     probes = laws.sequences(tokenizer, min(lm.config.max_positions, LONGEST), lm.config.vocab_size)
-    exact, ids = LM(model, tokenizer), max((s.ids for s in probes), key=len)
+    exact, ids = LM(model, tokenizer), laws.readable(model, max((s.ids for s in probes), key=len))
     if isinstance(tokenizer, Tokenizer):
         findings = laws.one_renderer(tokenizer)
     else:
