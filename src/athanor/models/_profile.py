@@ -180,7 +180,8 @@ def _walk(members: Members) -> Members:
 
 
 def _flops(model: LanguageModel, module: nn.Module, path: str, context: int) -> float:
-    rate, weight = _rate(model, path, context), getattr(module, "weight", None)
+    weight: Any = getattr(module, "weight", None)
+    rate = _rate(model, path, context)
     if not rate:
         return 0.0
     if isinstance(module, (nn.Linear, Quantised)):
