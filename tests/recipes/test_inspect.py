@@ -1,6 +1,7 @@
 """`athanor inspect`: what a model is made of, without reading its weights."""
 
 import json
+import re
 
 import pytest
 
@@ -76,6 +77,17 @@ def test_a_picture(run, tmp_path, suffix):
         first = data
         run("gemma:gemma-2-2b", "--picture", path)
         assert path.read_bytes() == first
+
+
+def test_a_picture_of_any_name(run, lm, tmp_path):
+    """Chinese is drawn without a warning, which would be an error here, and a long name is broken into lines within the edge."""
+    folder = lm.save(tmp_path / ("模型" * 20) / ("a-long-name-" * 12))
+    status, _, err = run(folder, "--picture", tmp_path / "long.svg")
+    assert (status, err) == (0, "")
+    text = (tmp_path / "long.svg").read_text(encoding="utf-8")
+    lines = re.findall(r'<text style="font-weight: 700; font-size: 16px[^>]*>([^<]*)</text>', text)
+    assert len(lines) > 2 and "".join(lines) == "模型" * 20 + "/" + "a-long-name-" * 12
+    assert run(folder, "--picture", tmp_path / "long.png")[0] == 0
 
 
 def test_a_quantised_folder(run, tiny, tokenizer, tmp_path):
