@@ -4,6 +4,7 @@ import json
 import re
 import shutil
 
+import numpy as np
 import pytest
 import torch
 
@@ -190,6 +191,12 @@ def test_logits_are_the_models_in_float32(lm):
     assert logits.shape == (2, 9, 320) and logits.dtype == torch.float32 and not logits.requires_grad
 
 
+NONE = (
+    [[1.5, 2.7]], [[1.0]], [[True, False]], [[1, True]], [1.5], 1.5, "abc", None, [[None]], [[1 + 2j]], [["a"]], [[2**70]],
+    [["ab"]], torch.ones(1, 2), torch.ones(1, 2, dtype=torch.bool),
+)  # fmt: skip
+
+
 @pytest.mark.parametrize(
     ("ids", "message"),
     [
@@ -197,10 +204,64 @@ def test_logits_are_the_models_in_float32(lm):
         ([[]], r"ids has shape \(1, 0\) and must be \(batch, time\)"),
         ([[1, 2], [3]], r"ids must be sequences of one length .*: give those of another length apart"),
         ([[1] * 129], r"ids has 129 tokens and the context holds 128: shorten it"),
-        ([[1, 320]], r"ids must lie in \[0, 320\): they were made by another tokenizer"),
-        ([[-1]], r"ids must lie in \[0, 320\)"),
+        ([[1, 2], [3, 320], [-1, 0]], r"ids\[1\]\[1\] is 320 and must lie in \[0, 320\): it was made by another tokenizer"),
+        ([[-1]], r"ids\[0\]\[0\] is -1 and must lie in \[0, 320\)"),
+        *(
+            (ids, r"ids is .* and must be token ids, whole numbers in rows such as \[\[1, 2, 3\]\]: encode a text first")
+            for ids in NONE
+        ),
     ],
 )
 def test_ids_that_are_none_are_refused(lm, ids, message):
     with pytest.raises(ConfigError, match=message):
         lm.logits(ids)
+
+
+def test_ids_of_any_whole_numbers(lm):
+    expected = lm.logits([[1, 2]])
+    for ids in (((1, 2),), torch.tensor([[1, 2]], dtype=torch.int32), np.array([[1, 2]], dtype=np.uint8)):
+        assert torch.equal(lm.logits(ids), expected)
+
+
+@pytest.mark.parametrize(
+    ("params", "message"),
+    [
+        ({"max_tokens": 1.5}, "max_tokens is 1.5 (float) but must be int"),
+        ({"max_tokens": "5"}, "max_tokens is '5' (str) but must be int"),
+        ({"temperature": "x"}, "temperature is 'x' (str) but must be float"),
+        ({"stop": 5}, "stop is 5 (int) but must be a list"),
+        ({"stop": [5]}, "stop[0] is 5 (int) but must be str"),
+        ({"ignore_eos": 1}, "ignore_eos is 1 (int) but must be bool"),
+        ({"structure": "regex"}, "structure is 'regex' and must be an athanor.types.Structure: make one"),
+        ({"beams": True}, "beams is True (bool) but must be int"),
+        ({"beams": 2, "length_penalty": "1"}, "length_penalty is '1' (str) but must be float"),
+    ],
+)
+def test_parameters_of_a_wrong_type_are_refused(lm, params, message):
+    with pytest.raises(ConfigError, match=re.escape(message)):
+        lm.generate("The", **({"max_tokens": 3} | params))
+
+
+def test_parameters_may_be_numbers_of_other_libraries(lm):
+    given = lm.complete("The", max_tokens=np.int64(3), temperature=np.float32(0), allowed_ids=np.arange(300).tolist())
+    assert given.ids == lm.complete("The", max_tokens=3, temperature=0, allowed_ids=tuple(range(300))).ids
+
+
+@pytest.mark.parametrize(
+    ("call", "message"),
+    [
+        (lambda lm: athanor.load(None), "path is None and must be a checkpoint folder or a run folder: give its name"),
+        (
+            lambda lm: athanor.load("x", dtype="float16"),
+            "dtype ('float16') must be a floating torch.dtype, such as torch.bfloat16",
+        ),
+        (lambda lm: athanor.load("x", dtype=torch.int64), "dtype (torch.int64) must be a floating torch.dtype"),
+        (lambda lm: lm.embed(None), "texts is None and must be a text or a list of texts: give these"),
+        (lambda lm: lm.embed(["a", 3]), "texts is ['a', 3] and must be a text or a list of texts"),
+        (lambda lm: lm.generate(None), "the prompt is None and must be a text or a conversation: give one"),
+        (lambda lm: lm.generate(3), "the prompt is 3 and must be a text or a conversation: give one"),
+    ],
+)
+def test_arguments_of_a_wrong_type_are_refused(lm, call, message):
+    with pytest.raises(ConfigError, match=re.escape(message)):
+        call(lm)

@@ -3,8 +3,7 @@
 from __future__ import annotations
 
 import secrets
-import shlex
-from collections.abc import Mapping, Sequence
+from collections.abc import Iterable, Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
@@ -16,11 +15,14 @@ from athanor.core import io
 from athanor.core.config import differences
 from athanor.core.device import Precision
 from athanor.core.errors import CheckpointError, ConfigError, nearest
+from athanor.core.runs import resolve
 from athanor.infer.beam import Beams, beam_search
 from athanor.infer.engine import Engine
+from athanor.infer.params import typed
 from athanor.models import _sentence, heads
 from athanor.models import io as models
 from athanor.models._sentence import HOW, How, Pooling
+from athanor.models._token_ids import token_ids
 from athanor.models.base import CausalLM, EncoderDecoder, LanguageModel, TokenIds
 from athanor.nn.context import Bidirectional, Packed
 from athanor.tokenizer import foreign
@@ -32,7 +34,6 @@ from athanor.tokenizer.vocabulary import Vocabulary
 from athanor.types import Completion, Conversation, Request, SamplingParams
 
 MANIFEST = "athanor.json"
-_PREFERRED = ("rl", "sft", "base")  # which checkpoint of a run answers when none is named
 _PARAMS = tuple(SamplingParams.__dataclass_fields__)
 _BEAMS = tuple(Beams.__dataclass_fields__)
 _EMBEDDED_AT_ONCE = 8192  # tokens
@@ -118,6 +119,8 @@ class LM:
 
     def prompt_ids(self, prompt: Prompt) -> list[int]:
         """A text with the control tokens that belong to it, or a conversation rendered up to the assistant's turn (law L1)."""
+        if not isinstance(prompt, (str, Sequence)):
+            raise ConfigError(f"the prompt is {prompt!r} and must be a text or a conversation: give one")
         if isinstance(prompt, str):
             ids = self.tokenizer.prompt(prompt)
             begins = self.model.token_ids.bos
@@ -133,7 +136,7 @@ class LM:
                 Or with `beams` those of `infer.beam.Beams`: the most probable of many answers, by beam search.
 
         Raises:
-            ConfigError: an unknown parameter. RequestError: one out of range.
+            ConfigError: an unknown parameter, or one of a wrong type. RequestError: one out of range.
         """
         if "beams" in params:
             return self._search(prompt, params)
@@ -147,15 +150,19 @@ class LM:
         params.setdefault("max_tokens", max(1, self._room(ids)))
         if isinstance(params.get("stop"), str):
             params["stop"] = (params["stop"],)
+        given = typed(SamplingParams, params)
         # No room for more than is asked for, unless that would be refused.
-        fits = 1 <= params["max_tokens"] < self._room(ids)
-        context: int = getattr(self.config, "cached_positions", self.config.max_positions)
-        engine = self.engine(max_batch=1, max_len=context - self._room(ids) + params["max_tokens"] if fits else None)
-        return engine.generate([Request("0", ids, SamplingParams(**params))])[0]
+        room = self._room(ids)
+        asked = self._context - room + given.max_tokens if 1 <= given.max_tokens < room else None
+        return self.engine(max_batch=1, max_len=asked).generate([Request("0", ids, given)])[0]
+
+    @property
+    def _context(self) -> int:
+        found: int = getattr(self.config, "cached_positions", self.config.max_positions)
+        return found
 
     def _room(self, ids: Sequence[int]) -> int:
-        context: int = getattr(self.config, "cached_positions", self.config.max_positions)
-        return context - len(self.model.token_ids.start if self.model.kind == "encoder_decoder" else ids)
+        return self._context - len(self.model.token_ids.start if self.model.kind == "encoder_decoder" else ids)
 
     def _search(self, prompt: Prompt, params: dict[str, Any]) -> Completion:
         for name in params:
@@ -167,7 +174,7 @@ class LM:
         ids = self.prompt_ids(prompt)
         params.setdefault("max_tokens", max(1, self._room(ids)))
         eos = self.model.token_ids.eos or tuple(x for x in (self.tokenizer.end_id,) if x is not None)
-        found = beam_search(self.model, ids, Beams(**params), eos)  # type: ignore[arg-type]  # it generates
+        found = beam_search(self.model, ids, typed(Beams, params), eos)  # type: ignore[arg-type]  # it generates
         text = self._text_after(ids, found.ids[:-1] if found.ids[-1] in eos else found.ids)
         return Completion("0", ids, found.ids, found.logprobs, text, None, "stop" if found.ids[-1] in eos else "length")
 
@@ -189,7 +196,7 @@ class LM:
             ids: of a text; for an encoder-decoder, of the source.
             decoder_input_ids: (B, A) what an encoder-decoder answers, whose logits (B, A, V) come out.
 
-        Raises ConfigError when the sequences differ in length, are longer than the context or hold ids that are no tokens, and
+        Raises ConfigError when the sequences differ in length, are longer than the context or hold what is no token's id, and
         when `decoder_input_ids` are missing, or given to another family.
         """
         given = self._ids(ids, "ids")
@@ -209,19 +216,8 @@ class LM:
         return logits.float()
 
     def _ids(self, ids: Tensor | Sequence[Sequence[int]], name: str) -> Tensor:
-        try:
-            tensor = torch.as_tensor(ids, dtype=torch.int64, device=self.model.device)
-        except ValueError as error:
-            raise ConfigError(f"{name} must be sequences of one length ({error}): give those of another length apart") from error
-        if tensor.ndim != 2 or not tensor.numel():
-            raise ConfigError(f"{name} has shape {tuple(tensor.shape)} and must be (batch, time): wrap one sequence in a list")
-        if tensor.shape[1] > self.config.max_positions:
-            raise ConfigError(
-                f"{name} has {tensor.shape[1]} tokens and the context holds {self.config.max_positions}: shorten it"
-            )
-        if int(tensor.min()) < 0 or int(tensor.max()) >= self.config.vocab_size:
-            raise ConfigError(f"{name} must lie in [0, {self.config.vocab_size}): they were made by another tokenizer")
-        return tensor
+        c = self.config
+        return token_ids(ids, name, longest=c.max_positions, vocab_size=c.vocab_size, device=self.model.device)
 
     @torch.inference_mode()
     def embed(
@@ -241,7 +237,9 @@ class LM:
         Raises:
             ConfigError: no texts; an unknown pooling; a text that is too long, unless it may be truncated.
         """
-        texts = [texts] if isinstance(texts, str) else list(texts)
+        texts = [texts] if isinstance(texts, str) else list(texts) if isinstance(texts, Iterable) else texts
+        if not isinstance(texts, list) or not all(isinstance(text, str) for text in texts):
+            raise ConfigError(f"texts is {texts!r} and must be a text or a list of texts: give these")
         if not texts:
             raise ConfigError("texts is empty: give at least one text")
         if pooling is not None and pooling not in HOW:
@@ -319,43 +317,6 @@ def _hashes(folder: Path, tokenizer: Vocabulary | None) -> dict[str, str | None]
     }
 
 
-def resolve(path: str | Path, checkpoint: str | None = None) -> Path:
-    """The checkpoint folder that `path` means: itself, or the last of the life in a run folder, or the one named."""
-    if path == "":
-        raise CheckpointError("path ('') is empty: give a checkpoint folder or a run folder such as runs/first")
-    path = Path(path)
-    if checkpoint is None and (path / "config.json").is_file():
-        return path
-    if not path.is_dir():
-        raise CheckpointError(f"{path} is not a folder: give a checkpoint folder or a run folder such as runs/first")
-    found = sorted(p.parent.name for p in path.glob("*/config.json"))
-    if checkpoint is not None:
-        if checkpoint not in found:
-            raise CheckpointError(
-                f"{path} has no checkpoint {checkpoint!r}{nearest(checkpoint, found)}; it has {', '.join(found) or 'none'}"
-            )
-        return path / checkpoint
-    for name in _PREFERRED:
-        if name in found:
-            return path / name
-    raise CheckpointError(_none_in(path, found))
-
-
-def _none_in(path: Path, found: Sequence[str]) -> str:
-    """What a folder holds instead of a checkpoint, and what to give; `found` are the folders in it that hold models."""
-    if found:
-        more = f" and {len(found) - 6} more" if len(found) > 6 else ""
-        return f"{path} holds no checkpoint itself but {', '.join(found[:6])}{more}: give one of them, such as {path / found[0]}"
-    if (path / "run.json").is_file():
-        return (
-            f"{path} has no checkpoint yet (no */config.json): let `{shlex.join(['athanor', 'run', '--out', str(path)])}` finish"
-        )
-    if any(path.glob("*.safetensors")) or any(path.glob("*.bin")):
-        return f"{path} holds weights and no config.json: copy or download the whole folder again"
-    what = "holds neither config.json nor folders with one" if any(path.iterdir()) else "is empty"
-    return f"{path} {what}: give a checkpoint folder or a run folder such as runs/first, or make one with `athanor run`"
-
-
 def load(
     path: str | Path, checkpoint: str | None = None, *, dtype: torch.dtype | None = None, pickled: bool = False
 ) -> LM:  # fmt: skip
@@ -368,9 +329,12 @@ def load(
         pickled: whether pytorch_model.bin is read too where there are no safetensors.
 
     Raises:
+        ConfigError: a path or a dtype that is none.
         CheckpointError: what is there is damaged, altered since it was saved, incomplete, or of no known architecture.
         TokenizerError: a tokenizer that defines none, or whose chat template is another version's.
     """
+    if dtype is not None and not (isinstance(dtype, torch.dtype) and dtype.is_floating_point):
+        raise ConfigError(f"dtype ({dtype!r}) must be a floating torch.dtype, such as torch.bfloat16, or None for the file's own")
     folder = resolve(path, checkpoint)
     tokenizer: Vocabulary | None = None
     if foreign.is_ours(folder):

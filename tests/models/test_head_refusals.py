@@ -45,6 +45,10 @@ def attached(name="llama", task="sequence", labels=L, **more):
         (lambda: attached_to(attached()), "this llama has a head 'sequence' already: give its `trunk`"),
         (lambda: attached(labels=0), "labels (0) must be at least 1: give a number, or a name for each"),
         (lambda: attached(labels=()), "labels (0) must be at least 1: give a number, or a name for each"),
+        *(
+            (lambda labels=labels: attached(labels=labels), f"labels ({labels!r}) must be a number, or names that differ and are")
+            for labels in ([0, 1], "yes", ["a", "a"], ["a", ""], True, 2.5, None)
+        ),
         (
             lambda: attached(problem="ranking"),
             "problem_type ('ranking') must be one of regression, single_label_classification, multi_label_classification, or",

@@ -1,12 +1,15 @@
 """`athanor inspect`: what a model is made of, without reading its weights."""
 
 import json
+import re
 
 import pytest
 
 from athanor import cli
 from athanor.compress.apply import compress
+from athanor.core.weights import open_weights
 from athanor.lm import LM
+from athanor.report import words
 
 
 @pytest.fixture
@@ -30,7 +33,11 @@ def test_a_folder(run, lm, tmp_path):
     assert (status, err) == (0, "")
     n = lm.model.n_parameters()
     assert f"parameters              {n:,}" in out and "blocks 0-1" in out
-    assert "weights                 " in out and "cache of a token        256 bytes" in out and "FLOPs of a token" in out
+    assert (
+        "weights                 " in out
+        and "cache of a token        256 bytes in float32, 128 in bfloat16" in out
+        and "FLOPs of a token" in out
+    )
 
 
 def test_json(run):
@@ -49,7 +56,7 @@ def test_every_kind(run, preset):
     status, out, err = run(preset)
     assert (status, err) == (0, "")
     said = {
-        "t5": "a token of source and one of answer",
+        "t5": "in bfloat16, of source and answer",
         "rnn": "state of a sequence",
         "mix": "active for a token",
         "gem": "(window 4096)",
@@ -72,12 +79,38 @@ def test_a_picture(run, tmp_path, suffix):
         assert path.read_bytes() == first
 
 
+def test_a_picture_of_any_name(run, lm, tmp_path):
+    """Chinese is drawn without a warning, which would be an error here, and a long name is broken into lines within the edge."""
+    folder = lm.save(tmp_path / ("模型" * 20) / ("a-long-name-" * 12))
+    status, _, err = run(folder, "--picture", tmp_path / "long.svg")
+    assert (status, err) == (0, "")
+    text = (tmp_path / "long.svg").read_text(encoding="utf-8")
+    lines = re.findall(r'<text style="font-weight: 700; font-size: 16px[^>]*>([^<]*)</text>', text)
+    assert len(lines) > 2 and "".join(lines) == "模型" * 20 + "/" + "a-long-name-" * 12
+    assert run(folder, "--picture", tmp_path / "long.png")[0] == 0
+
+
 def test_a_quantised_folder(run, tiny, tokenizer, tmp_path):
     small = compress(tiny(), 8)
     folder = LM(small, tokenizer).save(tmp_path / "int8")
     status, out, _ = run(folder, "--json")
     assert status == 0
-    assert json.loads(out)["weights_bytes"] == sum(x.numel() * x.element_size() for x in small.state_dict().values())
+    found, held = json.loads(out), sum(x.numel() * x.element_size() for x in small.state_dict().values())
+    assert found["weights_bytes"] == held and found["parameters"] == tiny().n_parameters()
+    _, out, _ = run(folder)
+    stored = words.size(open_weights(folder).nbytes)
+    assert f"weights                 {words.size(held)} in int8 and float32; {stored} in files" in out
+
+
+def test_a_narrow_terminal_cuts_no_number(run, monkeypatch):
+    monkeypatch.setenv("COLUMNS", "80")
+    _, out, _ = run("deepseek_v3:deepseek-v3")
+    assert "…" not in out and "667,422,588,928" in out and max(map(len, out.splitlines())) < 100
+    (row,) = [line for line in out.splitlines() if "667,422,588,928" in line]
+    assert "blocks 3-60" in row and "97.8" in row and "72.8 GFLOP" in row
+    below = out[out.index(row) :].split("norm        ")[0]
+    cells = "".join(line.split("│")[-2].strip() for line in below.splitlines() if "│" in line)
+    assert "feed_forward_norm" in cells.replace(" ", "")
 
 
 @pytest.mark.parametrize(
@@ -87,6 +120,7 @@ def test_a_quantised_folder(run, tiny, tokenizer, tmp_path):
         (["lama:tiny"], "no architecture computes model_type 'lama'; did you mean 'llama'?"),
         (["nowhere"], "nowhere is not a folder: give a checkpoint folder or a run folder"),
         (["llama:tiny", "--context", "129"], "context (129) must lie between 1 and 128, the longest it takes"),
+        (["gpt2:gpt2", "--checkpoint", "base"], "checkpoint ('base') is of run folders, and gpt2:gpt2 is a preset: leave it out"),
         (["llama:tiny", "--picture", "x.gif"], "picture (x.gif) must end with .svg, .png, .pdf: rename it"),
     ],
 )

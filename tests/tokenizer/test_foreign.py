@@ -105,6 +105,15 @@ def test_control_tokens(pair):
     assert ours.token(ours.end_id) == name
 
 
+def test_a_token_keeps_its_space(pair):
+    """Where decoding leaves out the space that a text begins with, as SentencePiece's does, single tokens have theirs still."""
+    ours, _, _ = pair
+    tokens = [ours.token(id) for id in ours.encode("the heat of the hat")]
+    assert "".join(tokens).strip() == "the heat of the hat" and len(tokens) >= 4
+    alone = [ours.token(id) for id in ours.encode("the  heat")]
+    assert "".join(alone).strip() == "the  heat"
+
+
 @given(data=st.data())
 def test_a_stream_gives_the_text_without_taking_anything_back(pair, data):
     ours, theirs, _ = pair

@@ -4,15 +4,15 @@ from __future__ import annotations
 
 import math
 import time
-from collections.abc import Callable, Iterable, Iterator
+from collections.abc import Callable, Iterable
 from dataclasses import replace
 
 import torch
 from torch import Tensor
 
-from athanor.core.device import Precision, free_memory
+from athanor.core.device import Precision
 from athanor.core.errors import ConfigError, NonFiniteError, RequestError
-from athanor.infer import constrained
+from athanor.infer import constrained, holdings
 from athanor.infer.asked import bad_words, check
 from athanor.infer.blocks import Blocks
 from athanor.infer.news import Chunk, Stats
@@ -23,9 +23,7 @@ from athanor.infer.sequence import Sequence
 from athanor.infer.speculative import Draft, Guesser, Heads
 from athanor.models.base import CausalLM, EncoderDecoder
 from athanor.nn.cache import KV
-from athanor.nn.experts import Matrices
-from athanor.nn.linear import Linear, pack
-from athanor.nn.paged import PagedCache
+from athanor.nn.linear import pack
 from athanor.tokenizer.stream import StreamDecoder
 from athanor.tokenizer.vocabulary import Vocabulary
 from athanor.types import Completion, Request, SamplingParams
@@ -111,10 +109,10 @@ class Engine:
         if compile and deterministic:
             raise ConfigError("an engine is compiled or deterministic: leave one of `compile` and `deterministic` out")
         self.runner = Runner(model, blocks.count + 1, BLOCK, max_batch, precision, deterministic)
-        self._packed = _products(model) if packed and precision == "bf16" else []
+        self._packed = holdings.products(model) if packed and precision == "bf16" else []
         if compile:
             self.runner.compile(self.max_len)
-        self._counted, self.guesser = tuple(_lasting(model)), guesser
+        self._counted, self.guesser = tuple(holdings.lasting(model)), guesser
         if isinstance(guesser, Draft):
             guesser.attach(blocks.count + 1, BLOCK, max_batch, self.vocab_size, self.max_len)
         elif isinstance(guesser, Heads):
@@ -126,7 +124,7 @@ class Engine:
     @staticmethod
     def _fitting(model: CausalLM | EncoderDecoder, context: int, precision: Precision, tokens: int | None) -> int:
         """The context, or as much of it as the memory holds where nobody says how much that shall be."""
-        fitting = _room(model, precision) if tokens is None else None
+        fitting = holdings.room(model, precision, BLOCK) if tokens is None else None
         return context if fitting is None else max(2, min(context, fitting * BLOCK))
 
     def _count(self, model: CausalLM | EncoderDecoder, max_batch: int, precision: Precision, tokens: int | None) -> int:
@@ -139,7 +137,7 @@ class Engine:
                     " blocks: raise it, or lower max_len"
                 )
             return tokens // BLOCK
-        fitting = _room(model, precision)
+        fitting = holdings.room(model, precision, BLOCK)
         return least * max_batch if fitting is None else max(least, min(least * max_batch, fitting))
 
     @property
@@ -402,27 +400,3 @@ class Engine:
             self._ids.discard(s.request.id)
             chunks.append(Chunk(s.request.id, content, reasoning, s.completion(self.tokenizer.think_id), *s.tell()))
         return chunks
-
-
-def _room(model: CausalLM | EncoderDecoder, precision: Precision) -> int | None:
-    """Blocks that half of the free memory holds; None where that is not known, or blocks take none."""
-    size = BLOCK * PagedCache.bytes_per_token(model.cache_layers(), torch.bfloat16 if precision == "bf16" else torch.float32)
-    free = torch.cuda.mem_get_info(model.device)[0] if model.device.type == "cuda" else free_memory()
-    return free // 2 // size if size and free is not None else None
-
-
-def _lasting(model: CausalLM | EncoderDecoder) -> Iterator[Tensor]:
-    """What answers are made of: parameters, and buffers that files hold; others count what passes through.
-
-    PyTorch does not count changes of what was made in inference mode.
-    """
-    lasting = model.state_dict(keep_vars=True)
-    tensors = [*model.parameters(), *(buffer for name, buffer in model.named_buffers() if name in lasting)]
-    return (tensor for tensor in tensors if not tensor.is_inference())
-
-
-def _products(model: CausalLM | EncoderDecoder) -> list[Tensor]:
-    """The matrices that hidden states are multiplied with, those of experts included where they are wider than bfloat16."""
-    found = [m.weight for m in model.modules() if type(m) is Linear]
-    found += [m.weight for m in model.modules() if isinstance(m, Matrices) and m.weight.dtype != torch.bfloat16]
-    return [*found, model.output_weight]

@@ -6,7 +6,7 @@ A family that this file does not name has the heads of its kind. `test_heads.py`
 from __future__ import annotations
 
 import re
-from collections.abc import Iterator, Mapping
+from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass, replace
 from typing import Any
 
@@ -136,6 +136,16 @@ class Labels:
             raise ConfigError(
                 f"problem_type ({self.problem!r}) needs at least 2 labels, and there is 1: use 2 for yes and no, or 'regression'"
             )
+
+    @classmethod
+    def of(cls, labels: int | Sequence[str], problem: str | None = None) -> Labels:
+        """So many, or those of these names. Raises ConfigError for names that config.json could not hold, or tell apart."""
+        if isinstance(labels, int) and not isinstance(labels, bool):
+            return cls.numbered(labels, problem)
+        names = tuple(labels) if isinstance(labels, Sequence) and not isinstance(labels, str) else None
+        if names is None or not all(isinstance(name, str) and name for name in names) or len(set(names)) < len(names):
+            raise ConfigError(f"labels ({labels!r}) must be a number, or names that differ and are not empty: ['no', 'yes']")
+        return cls(names, problem)
 
     @classmethod
     def numbered(cls, n: int, problem: str | None = None) -> Labels:

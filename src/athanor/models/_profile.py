@@ -2,10 +2,11 @@
 
 | counted                                   | FLOPs of one token, forward                                             |
 | ----------------------------------------- | ----------------------------------------------------------------------- |
-| matrices (nn.Linear, recurrent cells)     | 2 for each weight                                                       |
+| matrices (nn.Linear, quantised, recurrent) | 2 for each weight                                                      |
 | experts of a mixture                      | 2 for each weight of the k that it chooses                              |
 | the output embedding, tied or not         | 2 for each weight                                                       |
 | attention (modules that have `per_pair`)  | `per_pair` for each key that it sees, on average over the context       |
+| what runs once for a sequence             | a share of 1 / context                                                  |
 
 Going back costs twice as much: a gradient for what came in and one for the weights. Norms, activations and look-ups are left
 out, as is usual (Kaplan et al. 2020, section 2.1; PaLM, Chowdhery et al. 2022, appendix B).
@@ -13,13 +14,16 @@ out, as is usual (Kaplan et al. 2020, section 2.1; PaLM, Chowdhery et al. 2022, 
 
 from __future__ import annotations
 
+from collections.abc import Collection
 from dataclasses import dataclass
 from fnmatch import fnmatchcase
 from typing import Any
 
+import torch
 from torch import Tensor, nn
 
-from athanor.models.base import CausalLM, EncoderDecoder, LanguageModel
+from athanor.models.base import CausalLM, EncoderDecoder, LanguageModel, Quantised, sizes
+from athanor.models.heads import Headed
 from athanor.nn.cache import KV, State
 from athanor.nn.moe import MixtureOfExperts
 from athanor.nn.recurrent import Recurrent
@@ -51,11 +55,11 @@ class Profile:
     """What a model costs at a context of `context` tokens.
 
     parameters         tied ones counted once
-    active             of these, what one token is computed with: of E experts k
+    active             of these, what one token is computed with: of E experts k, and nothing of what is not run
     flops_forward      of one token; of an encoder-decoder one of the source and one of the answer together
     flops_backward     twice that
-    weights_bytes      in the dtype that they have
-    cache_per_token    bytes that generation keeps of a token, in that dtype
+    weights_bytes      in the dtypes that they have
+    cache_per_token    bytes that generation keeps of a token in float32, as an engine does by default; half of it in bfloat16
     cache_per_sequence bytes that it keeps of a sequence besides (recurrent states, in float32)
     inference_bytes    weights, and the cache of one whole context
     training_bytes     float32 weights, gradients and AdamW's moments; activations come on top, and grow with the batch
@@ -86,9 +90,9 @@ def profile(model: LanguageModel, context: int | None = None) -> Profile:
     parts = list[Part]()
     tied = _output(model)
     for name, members in _groups(model):
-        tensors = [_new(module, seen) for _, module in members]
-        own = sum(x.numel() for found in tensors for x in found)
-        inside = _inside(members[0][1], {id(x) for x in tensors[0]})
+        found = [_new(module, seen) for _, module in members]
+        own = sum(size for new in found for size in new.values())
+        inside = _inside(members[0][1], found[0].keys())
         flops = sum(_flops(model, module, path, context) for path, module in _walk(members))
         if own or flops:
             parts.append(Part(name, len(members), own, flops, inside))
@@ -100,11 +104,10 @@ def profile(model: LanguageModel, context: int | None = None) -> Profile:
     forward = sum(part.flops for part in parts)
     bytes_ = sum(x.numel() * x.element_size() for x in {id(x): x for x in model.state_dict().values()}.values())
     layers = model.cache_layers() if isinstance(model, (CausalLM, EncoderDecoder)) else []
-    size = next(model.parameters()).element_size()
     kv = [x for x in layers if isinstance(x, KV)]
     if isinstance(model, EncoderDecoder):
         kv += model.cross_layers()
-    per_token = sum(x.n_kv_heads * (x.key_dim + x.value_dim) for x in kv) * size
+    per_token = sum(x.n_kv_heads * (x.key_dim + x.value_dim) for x in kv) * torch.float32.itemsize
     per_sequence = sum(4 * x.width for x in layers if isinstance(x, State))
     n = model.n_parameters()
     return Profile(
@@ -137,6 +140,7 @@ def _kinds(path: str, layers: nn.ModuleList) -> list[tuple[str, Members]]:
     kinds: dict[tuple[Any, ...], list[int]] = {}
     for i, layer in enumerate(layers):
         shape = [(name, tuple(p.shape)) for name, p in layer.named_parameters()]
+        shape += [(name, (m.out_features, m.in_features)) for name, m in layer.named_modules() if isinstance(m, Quantised)]
         windows = [(name, m.scoring.window) for name, m in layer.named_modules() if hasattr(m, "scoring")]
         kinds.setdefault((*shape, *windows), []).append(i)
     found = []
@@ -159,15 +163,15 @@ def _numbers(at: list[int]) -> str:
     return ", ".join(words) if len(words) <= 4 else f"{', '.join(words[:3])} ... {words[-1]}"
 
 
-def _new(module: nn.Module, seen: set[int]) -> list[Tensor]:
-    found: list[Tensor] = [p for p in module.parameters() if id(p) not in seen]
-    seen |= {id(p) for p in found}
+def _new(module: nn.Module, seen: set[int]) -> dict[int, int]:
+    found = {x: size for x, size in sizes(module).items() if x not in seen}
+    seen |= found.keys()
     return found
 
 
-def _inside(module: nn.Module, own: set[int]) -> tuple[tuple[str, int], ...]:
-    sizes = ((name, sum(p.numel() for p in child.parameters() if id(p) in own)) for name, child in module.named_children())
-    return tuple((name, size) for name, size in sizes if size)
+def _inside(module: nn.Module, own: Collection[int]) -> tuple[tuple[str, int], ...]:
+    found = ((name, sum(size for x, size in sizes(child).items() if x in own)) for name, child in module.named_children())
+    return tuple((name, size) for name, size in found if size)
 
 
 def _walk(members: Members) -> Members:
@@ -176,11 +180,12 @@ def _walk(members: Members) -> Members:
 
 
 def _flops(model: LanguageModel, module: nn.Module, path: str, context: int) -> float:
-    if any(fnmatchcase(path, pattern) for pattern in model.idle):
-        return 0.0
     weight: Any = getattr(module, "weight", None)
-    if isinstance(module, nn.Linear):
-        return 2.0 * weight.numel()
+    rate = _rate(model, path, context)
+    if not rate:
+        return 0.0
+    if isinstance(module, (nn.Linear, Quantised)):
+        return 2.0 * module.in_features * module.out_features * rate
     if isinstance(module, Recurrent):
         return 2.0 * sum(p.numel() for p in module.parameters() if p.ndim == 2)
     if isinstance(module, MixtureOfExperts):
@@ -194,17 +199,42 @@ def _flops(model: LanguageModel, module: nn.Module, path: str, context: int) -> 
     return 0.0
 
 
+def _rate(model: LanguageModel, path: str, context: int) -> float:
+    """How often the module there runs for each token of a sequence: 0 for never, 1 / context for once."""
+    if any(fnmatchcase(path, pattern) for pattern in model.idle):
+        return 0.0
+    if isinstance(model, Headed):
+        part, _, within = path.partition(".")
+        if part == "trunk":
+            return _rate(model.trunk, within, context)
+        return 1 / context if model.head.pools else 1.0
+    if path.partition(".")[0] in ("pooler", "following"):  # BERT's, of a sequence's first token
+        return 1 / context if model.task == "following" else 0.0
+    if "_global" in path:  # Longformer's, of tokens that see everything
+        return 0.0 if not _landmarks(model) else 1 / context if "query_global" in path else 1.0
+    return 1.0
+
+
+def _landmarks(model: LanguageModel) -> bool:
+    """Whether a token of each sequence sees everything and is seen by all."""
+    return getattr(model.trunk if isinstance(model, Headed) else model, "global_tokens", "none") != "none"
+
+
 def _visible(model: LanguageModel, module: Any, path: str, context: int) -> float:
     """Keys that a query sees, on average over the positions of a context."""
-    window = module.scoring.window
-    causal = model.kind == "decoder" or (model.kind == "encoder_decoder" and ".attention" in path and path.startswith("decoder"))
+    window, place = module.scoring.window, path.removeprefix("trunk.")
+    causal = model.kind == "decoder" or (
+        model.kind == "encoder_decoder" and place.startswith("decoder") and ".attention" in place
+    )
     if causal:
         w = context if window is None else min(window, context)
         return (w * (w + 1) / 2 + (context - w) * w) / context
     if window is None:
         return float(context)
     w = min(window, context - 1)
-    return (2 * w + 1) - w * (w + 1) / context
+    # The first token where it sees everything: its own row, and itself in the rows of tokens to which it is far away.
+    far = 1 + (context - 1 - w) / context if _landmarks(model) else 0.0
+    return (2 * w + 1) - w * (w + 1) / context + far
 
 
 def _active(model: LanguageModel) -> int:
@@ -214,8 +244,10 @@ def _active(model: LanguageModel) -> int:
         for path, m in model.named_modules()
         if isinstance(m, MixtureOfExperts)
     }
+    named = [(name, p.numel()) for name, p in model.named_parameters()]
+    named += [(path, m.in_features * m.out_features) for path, m in model.named_modules() if isinstance(m, Quantised)]
     total = 0.0
-    for name, p in model.named_parameters():
-        if not any(fnmatchcase(name, pattern) for pattern in model.idle):
-            total += p.numel() * next((share for start, share in shares.items() if name.startswith(start)), 1.0)
+    for name, size in named:
+        if _rate(model, name, 1):
+            total += size * next((share for start, share in shares.items() if name.startswith(start)), 1.0)
     return round(total)

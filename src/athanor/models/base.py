@@ -5,7 +5,7 @@ from __future__ import annotations
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
 from types import MappingProxyType
-from typing import Any, ClassVar, Literal, Protocol
+from typing import Any, ClassVar, Literal, Protocol, runtime_checkable
 
 import torch
 from torch import Tensor, nn
@@ -17,7 +17,7 @@ from athanor.nn.context import Bidirectional, Causal, Context, Memory, WithMemor
 from athanor.nn.linear import linear
 from athanor.nn.loss import linear_cross_entropy, token_logprobs
 
-__all__ = ["CausalLM", "Encoder", "EncoderDecoder", "Fused", "LanguageModel", "ModelConfig", "TokenIds"]
+__all__ = ["CausalLM", "Encoder", "EncoderDecoder", "Fused", "LanguageModel", "ModelConfig", "Quantised", "TokenIds"]
 
 
 class ModelConfig(Protocol):
@@ -58,6 +58,21 @@ class TokenIds:
     def start(self) -> tuple[int, ...]:
         """What an encoder-decoder's answers begin with; () where its files do not say."""
         return tuple(x for x in (self.decoder_start, self.forced_bos) if x is not None) if self.decoder_start is not None else ()
+
+
+@runtime_checkable
+class Quantised(Protocol):
+    """A matrix (out_features, in_features) held as whole numbers in buffers: `compress.linear.QuantLinear`."""
+
+    in_features: int
+    out_features: int
+    bits: int
+
+
+def sizes(module: nn.Module) -> dict[int, int]:
+    """Elements of the parameters and quantised matrices within, by identity, so that tied ones are there once."""
+    found = {id(p): p.numel() for p in module.parameters()}
+    return found | {id(m): m.in_features * m.out_features for m in module.modules() if isinstance(m, Quantised)}
 
 
 class LanguageModel(nn.Module):
@@ -219,8 +234,8 @@ class LanguageModel(nn.Module):
         return next(self.parameters()).device
 
     def n_parameters(self) -> int:
-        """Parameters, tied ones counted once."""
-        return sum(p.numel() for p in self.parameters())
+        """Parameters, tied ones counted once; of a quantised matrix its whole numbers."""
+        return sum(sizes(self).values())
 
 
 class CausalLM(LanguageModel):

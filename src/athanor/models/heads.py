@@ -345,7 +345,7 @@ def attach(
         raise ConfigError(f"this {trunk.model_type} has a head {trunk.task!r} already: give its `trunk`")
     if task not in HEADS:
         raise ConfigError(f"unknown head {task!r}{nearest(task, HEADS)} There are {', '.join(HEADS)}")
-    said = Labels.numbered(labels, problem) if isinstance(labels, int) else Labels(tuple(labels), problem)
+    said = Labels.of(labels, problem)
     if task == "question" and said.n != 2:
         raise ConfigError(f"labels ({said.n}) of a 'question' head must be 2, a start and an end: leave them out")
     model = Headed(trunk, HEADS[task], said)

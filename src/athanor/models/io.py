@@ -16,7 +16,7 @@ from athanor.core import config as configs
 from athanor.core import io, plugins
 from athanor.core.errors import CheckpointError, ConfigError, PluginError, nearest
 from athanor.core.weights import Weights, open_weights, save_sharded
-from athanor.models import heads
+from athanor.models import _generation, heads
 from athanor.models._dtypes import dtypes_of
 from athanor.models.base import EncoderDecoder, LanguageModel, TokenIds
 from athanor.models.fields import Fields
@@ -24,7 +24,6 @@ from athanor.models.keys import entry
 
 WEIGHTS = "model.safetensors"
 _SHOWN = 6  # names listed in an error before it says how many more there are
-_TOKENS = ("bos_token_id", "eos_token_id", "pad_token_id", "decoder_start_token_id", "forced_bos_token_id")
 _SHARD = 5_000_000_000  # bytes
 # What the classes of transformers that are computed here end in.
 _CLASSES = (
@@ -123,10 +122,10 @@ def save(model: LanguageModel, folder: Path, extra: Mapping[str, Any] | None = N
     if model.fields.get("architectures"):
         fields["architectures"] = model.fields["architectures"]
     # An id that the config computes with (RoBERTa's padding, by which it counts positions) is no matter of the tokenizer.
-    ids = {name: value for name, value in _token_fields(model.token_ids).items() if own.get(name) is None}
+    ids = {name: value for name, value in _generation.fields_of(model.token_ids).items() if own.get(name) is None}
     if model.token_ids.forced_bos is not None:  # transformers wants it beside config.json, not in it
         io.write_json(folder / "generation_config.json", ids)
-        ids.pop(_TOKENS[-1])
+        ids.pop(_generation.TOKENS[-1])
     io.write_json(folder / "config.json", fields | ids | {"dtype": dtype} | dict(extra or {}))
 
 
@@ -136,52 +135,12 @@ def weights_hash(folder: Path) -> str | None:
     return hashes[0] if len(hashes) == 1 else io.sha256_text("\n".join(hashes)) if hashes else None
 
 
-def _token_fields(ids: TokenIds) -> dict[str, Any]:
-    eos = ids.eos[0] if len(ids.eos) == 1 else list(ids.eos) or None
-    fields = dict(zip(_TOKENS, (ids.bos, eos, ids.pad, ids.decoder_start, ids.forced_bos), strict=True))
-    return {name: value for name, value in fields.items() if value is not None}
-
-
-def _token_ids(fields: Mapping[str, Any]) -> TokenIds:
-    def one(name: str) -> int | None:
-        value = fields.get(name)
-        if value is None or (isinstance(value, int) and not isinstance(value, bool) and value >= 0):
-            return value
-        if name == "pad_token_id" and value == -1:  # older files say so for none
-            return None
-        raise CheckpointError(f"config.json: {name} is {value!r} and must be a token id: copy it again")
-
-    eos = fields.get("eos_token_id")
-    several = eos if isinstance(eos, list) else [] if eos is None else [eos]
-    if not all(isinstance(x, int) and not isinstance(x, bool) and x >= 0 for x in several):
-        raise CheckpointError(f"config.json: eos_token_id is {eos!r} and must be a token id or a list of them: copy it again")
-    return TokenIds(one("bos_token_id"), tuple(several), *(one(name) for name in _TOKENS[2:]))
-
-
 def read_config(folder: Path) -> dict[str, Any]:
     """The fields of config.json. Raises CheckpointError when there is none or it names no model type."""
     fields = io.read_json(folder / "config.json")
     if not isinstance(fields, dict) or not isinstance(fields.get("model_type"), str):
         raise CheckpointError(f"{folder}/config.json has no 'model_type': it is not the config of a model")
     return fields
-
-
-def _check_ids(model: LanguageModel, fields: Mapping[str, Any], folder: Path) -> None:
-    """Refuse ids outside the vocabulary that every answer begins with.
-
-    Others are harmless, and small models that transformers saved have them by default: no such token is ever generated, and a
-    prompt with one is refused.
-    """
-    if model.kind != "encoder_decoder":
-        return
-    ids, size = model.token_ids, model.config.vocab_size
-    begins = "decoder_start_token_id" if fields.get("decoder_start_token_id") is not None else "pad_token_id"
-    for name, value in ((begins, ids.decoder_start), ("forced_bos_token_id", ids.forced_bos)):
-        if value is not None and value >= size:
-            raise CheckpointError(
-                f"{folder}: {name} is {value} and must be below vocab_size ({size}), since text is generated with it: correct it"
-                " in config.json and in generation_config.json, or leave it out"
-            )
 
 
 def _config(module: ModuleType, fields: Mapping[str, Any], folder: Path) -> Any:
@@ -262,9 +221,9 @@ def _open(
         raise CheckpointError(
             f"{folder}/config.json describes a {fields['model_type']} that no memory holds ({error}): copy it again"
         ) from error
-    model.fields, ids = fields, fields | _generation(folder)
+    model.fields, ids = fields, fields | _generation.of_generation(folder)
     with _config_of(folder), torch.device("meta"):
-        model.token_ids = _token_ids(ids)
+        model.token_ids = _generation.read(ids)
         model = heads.named(model, fields)
     weights = open_weights(folder, pickled=pickled)
     names = _Names(model, weights, folder)
@@ -273,7 +232,7 @@ def _open(
         model.become(named, names.__contains__)
     names.tied = dict(model.tied_keys())
     names.headless = names.tied.keys() - tied.keys(), named
-    _check_ids(model, fields, folder)
+    _generation.check(model, fields, folder)
     with _config_of(folder):
         layout = prepare(model, fields) if prepare else None
     expected = model.to_hf(model.state_dict())
@@ -291,18 +250,6 @@ def _config_of(folder: Path) -> Iterator[None]:
         yield
     except CheckpointError as error:
         raise CheckpointError(f"{folder}/{error}") from error
-
-
-def _generation(folder: Path) -> dict[str, Any]:
-    """What generation_config.json says of token ids: transformers goes by it where it is there.
-
-    Of what it lacks transformers knows nothing, and never stops without an end of text; here config.json is asked.
-    """
-    path = folder / "generation_config.json"
-    fields = io.read_json(path) if path.is_file() else {}
-    if not isinstance(fields, dict):
-        raise CheckpointError(f"{path} must hold a table: copy it again")
-    return {name: value for name, value in fields.items() if name in _TOKENS and value is not None}
 
 
 class _Names:

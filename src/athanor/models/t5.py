@@ -131,10 +131,6 @@ class Config:
 ALIASES = {"hidden_size": "d_model", "num_hidden_layers": "num_layers", "num_attention_heads": "num_heads"}
 
 
-# Of T5 and Switch Transformers.
-ALIASES = {"hidden_size": "d_model", "num_hidden_layers": "num_layers", "num_attention_heads": "num_heads"}
-
-
 def common(fields: Fields) -> dict[str, Any]:
     """The arguments of `Config` from the fields that T5 and Switch Transformers have in common."""
     if not re.search("EncoderModel|ForTokenClassification", str(fields.get("architectures", ""))):  # they have no decoder

@@ -1,6 +1,7 @@
 """Show what a model looks at: attention of every layer and head, as a picture and as a page.
 
     athanor attend runs/first "The cat sat on the mat because it was tired"
+    athanor attend runs/first "The cat sat on the mat" --layers 0 --layers 5
     athanor attend runs/t5 "translate English to German: The house" --answer "Das Haus" --out attention
 
 Encoder-decoders are shown reading a source, writing an answer, and looking from one to the other; without --answer they write
@@ -46,7 +47,7 @@ class Config:
     out: Path = Path("attention")
     """Folder for attention.png and attention.html."""
     layers: tuple[int, ...] | None = None
-    """Numbers of the layers to show, the first is 1; all by default."""
+    """Numbers of the layers to show, the first is 0; repeat it for more (--layers 2 --layers 5). All by default."""
     checkpoint: str | None = None
     """Which checkpoint of a run folder: base, sft, rl ...; by default the run's own choice."""
     json: bool = False
@@ -73,7 +74,8 @@ def main(config: Config) -> None:
     if config.json:
         print(json.dumps([_said(panel) for panel in panels], indent=1, ensure_ascii=False))
         return
-    heads = ", ".join(f"{len(p.layers)} layers of {p.weights.shape[1]} heads" for p in panels)
+    names = [f"{name} " if len(maps) > 1 else "" for name in maps]
+    heads = ", ".join(f"{n}{len(p.layers)} layers of {p.weights.shape[1]} heads" for n, p in zip(names, panels, strict=True))
     print(f"{lm.name}: {len(ids)} tokens, {heads}\n  {config.out / 'attention.png'}\n  {config.out / 'attention.html'}")
 
 
@@ -87,6 +89,8 @@ def _ids(lm: LM, config: Config) -> tuple[Tensor, Tensor | None]:
         start = lm.model.token_ids.start
         if not start:
             raise ConfigError(f"{lm.name} does not say what its answers begin with: add decoder_start_token_id to config.json")
+        if config.answer is None and lm.model.task != "lm":
+            raise ConfigError(f"{lm.name} has no language-model head and writes no answer of its own: give one with --answer")
         written = (
             lm.complete(config.text, temperature=0, max_tokens=32).ids
             if config.answer is None
@@ -104,9 +108,9 @@ def _ids(lm: LM, config: Config) -> tuple[Tensor, Tensor | None]:
 
 def _layers(wanted: tuple[int, ...] | None, there: int) -> list[int]:
     for number in wanted or ():
-        if not 1 <= number <= there:
-            raise ConfigError(f"layers names {number}, and there are layers 1 to {there}: choose among these")
-    return [number - 1 for number in wanted] if wanted else list(range(there))
+        if not 0 <= number < there:
+            raise ConfigError(f"layers names {number}, and there are layers 0 to {there - 1}: choose among these")
+    return list(wanted or range(there))
 
 
 def _tokens(lm: LM, ids: Tensor | None) -> list[str]:
@@ -117,5 +121,5 @@ def _tokens(lm: LM, ids: Tensor | None) -> list[str]:
 def _said(panel: Panel) -> dict[str, Any]:
     best: Sequence[int] = panel.weights.mean((0, 1)).argmax(1).tolist()
     looks = [{"token": row, "looks_at": panel.columns[j], "place": j} for row, j in zip(panel.rows, best, strict=True)]
-    shape = {"layers": [layer + 1 for layer in panel.layers], "heads": panel.weights.shape[1]}
+    shape = {"layers": list(panel.layers), "heads": panel.weights.shape[1]}
     return {"attention": panel.title, **shape, "tokens": list(panel.rows), "most": looks}

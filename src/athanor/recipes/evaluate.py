@@ -10,9 +10,10 @@ from typing import Any
 from athanor.core import io
 from athanor.core.device import Precision
 from athanor.core.errors import ConfigError
+from athanor.core.runs import resolve
 from athanor.data import corpus
 from athanor.evals import harness, likelihood, scores, skill
-from athanor.lm import load, resolve
+from athanor.lm import load
 from athanor.tokenizer.chat import ours
 
 COMMAND = "eval"

@@ -20,10 +20,11 @@ from rich.table import Table
 
 from athanor.compress import formats
 from athanor.core.errors import ConfigError, PluginError, nearest
-from athanor.lm import resolve
+from athanor.core.runs import resolve
+from athanor.core.weights import open_weights
 from athanor.models import io as models
 from athanor.models._profile import Profile, profile
-from athanor.models.base import LanguageModel
+from athanor.models.base import LanguageModel, Quantised
 from athanor.report import architecture, words
 
 COMMAND = "inspect"
@@ -49,7 +50,7 @@ class Config:
 
 
 def main(config: Config) -> None:
-    name, model = _model(config)
+    name, model, stored = _model(config)
     if config.dtype:
         model = model.to(getattr(torch, config.dtype))
     if config.context is not None and not 1 <= config.context <= model.config.max_positions:
@@ -65,18 +66,21 @@ def main(config: Config) -> None:
             json.dumps({"model": name, "family": model.model_type, "kind": model.kind, "config": shape} | asdict(found), indent=1)
         )
         return
-    _show(name, model, found)
+    _show(name, model, found, stored)
     if config.picture:
         print(f"picture: {config.picture}")
 
 
-def _model(config: Config) -> tuple[str, LanguageModel]:
+def _model(config: Config) -> tuple[str, LanguageModel, int | None]:
+    """Its name, the model, and bytes of its weights' files."""
     family, colon, preset = config.model.partition(":")
     if not colon or Path(config.model).exists():
         folder = resolve(Path(config.model), config.checkpoint)
-        return f"{folder.resolve().parent.name}/{folder.resolve().name}", models.skeleton(
-            folder, formats.prepare, pickled=config.pickled
-        )
+        name = f"{folder.resolve().parent.name}/{folder.resolve().name}"
+        model: LanguageModel = models.skeleton(folder, formats.prepare, pickled=config.pickled)
+        return name, model, open_weights(folder, pickled=config.pickled).nbytes
+    if config.checkpoint is not None:
+        raise ConfigError(f"checkpoint ({config.checkpoint!r}) is of run folders, and {config.model} is a preset: leave it out")
     try:
         module = models.architecture(family)
     except PluginError as error:
@@ -84,38 +88,44 @@ def _model(config: Config) -> tuple[str, LanguageModel]:
     presets = getattr(module, "PRESETS", {})
     if preset not in presets:
         raise ConfigError(f"{family} has no preset {preset!r}{nearest(preset, presets)}; it has {', '.join(presets) or 'none'}")
-    model: LanguageModel = models.build(family, presets[preset])
-    return config.model, model
+    return config.model, models.build(family, presets[preset]), None
 
 
-def _show(name: str, model: LanguageModel, p: Profile) -> None:
-    table = Table("part", "x", "parameters", "share", "FLOPs of a token", "made of", title=f"{name} ({model.model_type})")
+def _show(name: str, model: LanguageModel, p: Profile, stored: int | None) -> None:
+    table = Table(title=f"{name} ({model.model_type})")
+    for column in ("part", "x", "parameters", "share", "FLOPs of a token", "made of"):
+        table.add_column(column, overflow="fold", no_wrap=column in ("x", "parameters", "share"))
     for part in p.parts:
         inside = ", ".join(f"{n} {words.parameters(size)}" for n, size in part.inside)
         share = words.share(part.parameters / p.parameters)
         table.add_row(part.name, str(part.count), f"{part.parameters:,}", share, _flops(part.flops), inside)
     Console().print(table)
-    for what, value in _lines(model, p):
+    for what, value in _lines(model, p, stored):
         print(f"{what:<24}{value}")
 
 
-def _lines(model: LanguageModel, p: Profile) -> list[tuple[str, Any]]:
+def _lines(model: LanguageModel, p: Profile, stored: int | None) -> list[tuple[str, Any]]:
     lines = [("parameters", f"{p.parameters:,}")]
     if p.active != p.parameters:
         lines.append(("active for a token", f"{p.active:,} ({words.share(p.active / p.parameters)})"))
     tokens = "a token of source and one of answer" if model.kind == "encoder_decoder" else "a token"
-    dtype = str(next(model.parameters()).dtype).removeprefix("torch.")
+    dtypes = [f"int{m.bits}" for m in model.modules() if isinstance(m, Quantised)]
+    dtypes += [str(x.dtype).removeprefix("torch.") for x in model.parameters()]
+    files = "" if stored is None or stored == p.weights_bytes else f"; {words.size(stored)} in files"
     lines += [
         (f"FLOPs of {tokens}", ""),
         ("  forward", f"{_flops(p.flops_forward)} at a context of {p.context}"),
         ("  backward", _flops(p.flops_backward)),
-        ("weights", f"{words.size(p.weights_bytes)} in {dtype}"),
+        ("weights", f"{words.size(p.weights_bytes)} in {' and '.join(dict.fromkeys(dtypes))}{files}"),
     ]
     if p.cache_per_token:
-        lines.append(("cache of a token", f"{p.cache_per_token:,} bytes"))
+        kept = f"{p.cache_per_token:,} bytes in float32, {p.cache_per_token // 2:,} in bfloat16"
+        lines.append(("cache of a token", kept + (", of source and answer" if model.kind == "encoder_decoder" else "")))
     if p.cache_per_sequence:
         lines.append(("state of a sequence", f"{p.cache_per_sequence:,} bytes"))
-    lines.append(("memory to answer", f"{words.size(p.inference_bytes)}, one context of {p.context} tokens included"))
+    lines.append(
+        ("memory to answer", f"{words.size(p.inference_bytes)}, a float32 cache of one context of {p.context} tokens included")
+    )
     lines.append(("memory to train", f"{words.size(p.training_bytes)} in float32 with AdamW, and activations with the batch"))
     return lines
 

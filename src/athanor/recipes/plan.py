@@ -13,7 +13,7 @@ from athanor.compress import formats
 from athanor.core import io
 from athanor.core.device import default_device, tune_allocator
 from athanor.core.errors import ConfigError
-from athanor.lm import resolve
+from athanor.core.runs import resolve
 from athanor.models import io as models
 from athanor.models.base import LanguageModel
 from athanor.optim.build import Name

@@ -2,16 +2,20 @@
 
 from __future__ import annotations
 
+import warnings
 from collections.abc import Sequence
 from pathlib import Path
 from typing import Protocol
 
+import matplotlib
+from matplotlib.figure import Figure
+
 from athanor.core.errors import ConfigError
 from athanor.core.io import atomic_file
 from athanor.report import words
-from athanor.report.svg import LIGHT, figure, style
+from athanor.report.svg import LIGHT, faces, figure, style
 
-_ROW, _INNER, _WIDTH = 46, 20, 760
+_ROW, _INNER, _LINE, _WIDTH = 46, 20, 22, 760
 FORMATS = (".svg", ".png", ".pdf")
 
 
@@ -34,15 +38,20 @@ def draw(title: str, subtitle: str, parts: Sequence[Part], path: Path) -> None:
         raise ConfigError(f"picture ({path}) must end with {', '.join(FORMATS)}: rename it")
     total = sum(part.parameters for part in parts) or 1
     rows = [(part, [name for name, _ in part.inside] if part.count > 1 or len(part.inside) > 1 else []) for part in parts]
-    height = 96 + sum(_ROW + _INNER * bool(inner) for _, inner in rows)
-    with style(LIGHT, "architecture"):
-        drawing, axes = figure(_WIDTH, height, (16, 16, 64, 16))
+    with style(LIGHT, "architecture"), warnings.catch_warnings(), matplotlib.rc_context({"font.family": faces()}):
+        # Letters that no installed font has are empty boxes.
+        warnings.filterwarnings("ignore", message="Glyph .* missing from font")
+        lines = _wrapped(title, _WIDTH - 32)
+        above = 80 + _LINE * (len(lines) - 1)
+        height = 16 + above + sum(_ROW + _INNER * bool(inner) for _, inner in rows)
+        drawing, axes = figure(_WIDTH, height, (16, 16, above - 16, 16))
         drawing.set_facecolor(LIGHT.paper)
         axes.set_xlim(0, _WIDTH - 32)
-        axes.set_ylim(height - 80, 0)
+        axes.set_ylim(height - above, 0)
         axes.axis("off")
-        drawing.text(16 / _WIDTH, 1 - 26 / height, title, fontsize=16, weight="bold", va="center")
-        drawing.text(16 / _WIDTH, 1 - 48 / height, subtitle, fontsize=11, color=LIGHT.muted, va="center")
+        for i, line in enumerate(lines):
+            drawing.text(16 / _WIDTH, 1 - (26 + _LINE * i) / height, line, fontsize=16, weight="bold", va="center")
+        drawing.text(16 / _WIDTH, 1 - (above - 32) / height, subtitle, fontsize=11, color=LIGHT.muted, va="center")
         y, bar, left = 0.0, 270.0, 330.0
         for part, inner in rows:
             deep = _ROW + _INNER * bool(inner)
@@ -60,3 +69,14 @@ def draw(title: str, subtitle: str, parts: Sequence[Part], path: Path) -> None:
         with atomic_file(path) as temporary:
             metadata = {"Date": None} if path.suffix == ".svg" else None
             drawing.savefig(temporary, format=path.suffix[1:], dpi=144, metadata=metadata)
+
+
+def _wrapped(title: str, width: float) -> list[str]:
+    """The title in lines of at most `width` pixels; names have few spaces, so it is broken anywhere."""
+    ruler, lines = Figure(dpi=72).text(0, 0, "", fontsize=16, weight="bold"), [""]
+    for letter in title:
+        ruler.set_text(lines[-1] + letter)
+        if ruler.get_window_extent().width > width:
+            lines.append("")
+        lines[-1] += letter
+    return lines

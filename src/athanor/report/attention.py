@@ -20,6 +20,8 @@ from athanor.report import words
 from athanor.report.svg import DARK, LIGHT, faces, style
 
 _HERE = Path(__file__).parent
+FULL = 65535  # what a share of 1 is written as in the page
+SHADE = 0.5  # opacity of the accent behind a token that has all of a share: ink stays legible on it
 _LABELLED = 48  # tokens, up to which they are written beside a map
 _GRID, _SIDE = 1040, 430  # pixels: width of the grid of heads, and of the mean map's sides
 
@@ -94,22 +96,31 @@ def _draw_panel(figure: Figure, panel: Panel, width: float, height: float, top: 
     mean = place(130, top + 50, side * len(panel.columns), side * len(panel.rows))
     mean.imshow(np.sqrt(panel.weights.mean((0, 1))), cmap=ramp, vmin=0, vmax=1, aspect="auto", interpolation="nearest")
     small = max(5.0, min(11.0, side * 0.72))
+    told = [
+        "Left: the mean of all heads.",
+        "A row is a token that looks, a column one that is looked at;",
+        "the darker, the more: by the square root of the share, so",
+        "that small ones are seen. Below: every head of every layer.",
+    ]
     if len(panel.rows) <= _LABELLED and len(panel.columns) <= _LABELLED:
         mean.set_yticks(range(len(panel.rows)), [_shown(t) for t in panel.rows], fontsize=small)
         mean.set_xticks(range(len(panel.columns)), [_shown(t) for t in panel.columns], rotation=90, fontsize=small)
     else:
         mean.set_xticks([])
         mean.set_yticks([])
-    say(width - 460, top + 70, "Left: the mean of all heads.", fontsize=11, color=LIGHT.muted)
-    say(width - 460, top + 88, "A row is a token that looks, a column one that is looked at;", fontsize=11, color=LIGHT.muted)
-    say(width - 460, top + 106, "the darker, the more. Below: every head of every layer.", fontsize=11, color=LIGHT.muted)
+        told += [
+            f"Tokens are written up to {_LABELLED} of them; here there are more,",
+            "and the page beside this picture names them.",
+        ]
+    for i, line in enumerate(told):
+        say(width - 460, top + 70 + 18 * i, line, fontsize=11, color=LIGHT.muted)
     wide, tall = _cell(panel)
     y = top + 50 + _SIDE + 130
     for head in range(panel.weights.shape[1]):
-        say(70 + wide * (head + 0.5), y - 12, str(head + 1), fontsize=9, color=LIGHT.muted, ha="center")
+        say(70 + wide * (head + 0.5), y - 12, str(head), fontsize=9, color=LIGHT.muted, ha="center")
     say(70 + wide * panel.weights.shape[1] / 2, y - 28, "head", fontsize=10, color=LIGHT.muted, ha="center")
     for i, layer in enumerate(panel.layers):
-        say(60, y + tall * (i + 0.5), f"layer {layer + 1}", fontsize=9, color=LIGHT.muted, ha="right")
+        say(60, y + tall * (i + 0.5), f"layer {layer}", fontsize=9, color=LIGHT.muted, ha="right")
     grid = place(70, y, wide * panel.weights.shape[1], tall * len(panel.layers))
     grid.imshow(_together(panel.weights), cmap=ramp, vmin=0, vmax=1, aspect="auto", interpolation="nearest")
     grid.axis("off")
@@ -136,12 +147,14 @@ def write(title: str, panels: Sequence[Panel], path: Path) -> None:
             "title": panel.title,
             "rows": [words.visible(t) for t in panel.rows],
             "columns": [words.visible(t) for t in panel.columns],
-            "layers": [layer + 1 for layer in panel.layers],
+            "layers": list(panel.layers),
             "heads": panel.weights.shape[1],
-            # A byte is enough for the eye, and a page of megabytes is not pleasant.
-            "weights": base64.b64encode(np.round(panel.weights * 255).astype(np.uint8).tobytes()).decode(),
+            # With 8 bits the many small shares of a long text would be rounded to sums far from 1.
+            "weights": base64.b64encode(np.round(panel.weights * FULL).astype("<u2").tobytes()).decode(),
         }
         for panel in panels
     ]
-    page = environment.get_template("attention.html.j2").render(title=title, panels=data, light=LIGHT, dark=DARK)
+    page = environment.get_template("attention.html.j2").render(
+        title=title, panels=data, full=FULL, shade=SHADE, light=LIGHT, dark=DARK
+    )
     atomic_write(path, page + "\n")

@@ -25,6 +25,7 @@ _KEPT = (
     *("special_tokens_map.json", "added_tokens.json", "chat_template.jinja", "vocab.json", "merges.txt", "tokenizer.model"),
     *("spiece.model", "sentencepiece.bpe.model"),
 )
+_SPACE = "\u2581"  # SentencePiece's sign for one
 _WINDOW = 8  # tokens: no character has more bytes
 _REMEDY = "copy it again, or save it anew with transformers (AutoTokenizer.from_pretrained(...).save_pretrained(...))"
 
@@ -162,9 +163,13 @@ class ForeignTokenizer:
         return text
 
     def token(self, id: int) -> str:
-        """The text of one token, or its name where it has none of its own."""
+        """The text of one token within a text, or its name where it has none of its own."""
         text: str = self._inner.decode([id], skip_special_tokens=False)
-        return text if text and "\ufffd" not in text else self._inner.id_to_token(id) or f"<{id}>"
+        name = self._inner.id_to_token(id) or f"<{id}>"
+        within = name.replace(_SPACE, " ")
+        if within == " " + text:  # at the start of a text, where decoding has it, the space is left out
+            return within
+        return text if text and "\ufffd" not in text else name
 
     def pieces(self, before: Sequence[int]) -> _Pieces:
         """A decoder of what comes after `before`: only there it is known whether a text begins, where a space is left out."""

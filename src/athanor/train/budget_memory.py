@@ -26,7 +26,7 @@ from torch import Tensor, nn
 
 from athanor.core.device import Precision
 from athanor.core.errors import ConfigError, nearest
-from athanor.models.base import Encoder, EncoderDecoder, LanguageModel
+from athanor.models.base import Encoder, EncoderDecoder, LanguageModel, sizes
 from athanor.nn.context import Bidirectional, Causal, Memory, WithMemory
 from athanor.nn.recurrent import Recurrent
 from athanor.objectives import next_token
@@ -287,8 +287,8 @@ def linears(model: nn.Module) -> dict[str, nn.Linear]:
 
 def _outside(model: LanguageModel) -> int:
     """Parameters outside of lists of layers."""
-    inside = {id(p): p for layers in model.modules() if isinstance(layers, nn.ModuleList) for p in layers.parameters()}
-    return model.n_parameters() - sum(p.numel() for p in inside.values())
+    inside = {x: n for layers in model.modules() if isinstance(layers, nn.ModuleList) for x, n in sizes(layers).items()}
+    return model.n_parameters() - sum(inside.values())
 
 
 def divided(blocks: Sequence[Block], model: LanguageModel, setup: Setup) -> dict[str, int]:
