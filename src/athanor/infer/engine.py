@@ -91,7 +91,7 @@ class Engine:
         self.tokenizer = tokenizer
         ends = model.token_ids.eos or (() if tokenizer.end_id is None else (tokenizer.end_id,))
         self.end_ids = frozenset(id for id in ends if id < model.config.vocab_size)  # the others are never generated
-        self._context, self.max_len = context, max_len or self._fitting(model, context, precision, cache_tokens)
+        self._context, self.max_len = context, max_len or holdings.longest(model, context, precision, cache_tokens)
         self.vocab_size = model.config.vocab_size
         self._start: tuple[int, ...] = ()  # what answers begin with, where the prompt is a source
         if isinstance(model, EncoderDecoder):
@@ -120,12 +120,6 @@ class Engine:
         self._ids: set[str] = set()
         self._weights = -1  # none seen
         self._counts = Stats()
-
-    @staticmethod
-    def _fitting(model: CausalLM | EncoderDecoder, context: int, precision: Precision, tokens: int | None) -> int:
-        """The context, or as much of it as the memory holds where nobody says how much that shall be."""
-        fitting = holdings.room(model, precision, BLOCK) if tokens is None else None
-        return context if fitting is None else max(2, min(context, fitting * BLOCK))
 
     def _count(self, model: CausalLM | EncoderDecoder, max_batch: int, precision: Precision, tokens: int | None) -> int:
         """Blocks of the cache."""

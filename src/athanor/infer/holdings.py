@@ -21,13 +21,19 @@ def room(model: CausalLM | EncoderDecoder, precision: Precision, tokens: int) ->
     return free // 2 // size if size and free is not None else None
 
 
+def longest(model: CausalLM | EncoderDecoder, context: int, precision: Precision, cache_tokens: int | None) -> int:
+    """Tokens of a sequence: the context, or as much of it as the memory holds where nobody says how much that shall be."""
+    fitting = room(model, precision, 1) if cache_tokens is None else None
+    return context if fitting is None else max(2, min(context, fitting))
+
+
 def lasting(model: CausalLM | EncoderDecoder) -> Iterator[Tensor]:
     """What answers are made of: parameters, and buffers that files hold; others count what passes through.
 
     PyTorch does not count changes of what was made in inference mode.
     """
-    lasting = model.state_dict(keep_vars=True)
-    tensors = [*model.parameters(), *(buffer for name, buffer in model.named_buffers() if name in lasting)]
+    kept = model.state_dict(keep_vars=True)
+    tensors = [*model.parameters(), *(buffer for name, buffer in model.named_buffers() if name in kept)]
     return (tensor for tensor in tensors if not tensor.is_inference())
 
 
