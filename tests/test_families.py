@@ -96,7 +96,7 @@ def test_encoder_decoders_answer_texts(case, tmp_path):
     for given, message in (
         ((ids,), "t5|bart|pegasus.*is an encoder-decoder: give decoder_input_ids"),
         ((ids, answers.repeat(2, 1)), "ids has 1 rows and decoder_input_ids 2: give one for each"),
-        ((ids, [[400]]), r"decoder_input_ids must lie in \[0, 320\)"),
+        ((ids, [[400]]), r"decoder_input_ids\[0\]\[0\] is 400 and must lie in \[0, 320\)"),
     ):
         with pytest.raises(ConfigError, match=message):
             lm.logits(*given)

@@ -24,7 +24,7 @@ def _write(folder, room, name, text="VALUE = 1\n"):
 
 
 def test_the_files_of_a_room_are_its_plugins():
-    names = "config device dist errors hub io native plugins stage track weights"
+    names = "config device dist errors hub io native plugins runs stage track weights"
     assert plugins.names("core") == names.split()
     assert plugins.load("core", "errors") is sys.modules["athanor.core.errors"]
 

@@ -195,7 +195,10 @@ NAMED = "config.json: id2label is {'0': 'a', '2': 'b'} and must map the numbers 
         ({"id2label": {"0": "a", "1": "b"}}, "the weights do not fit"),
         ({"architectures": ["LlamaForTokenClassification"]}, "missing: score.bias."),
         ({"architectures": ["LlamaForCausalLM"]}, "unexpected: score.weight."),
-        ({"architectures": ["LlamaForMultipleChoice"]}, "unexpected: score.weight."),
+        (
+            {"architectures": ["LlamaForMultipleChoice"]},
+            "architectures names 'LlamaForMultipleChoice', a class that is not computed",
+        ),
     ],
 )
 def test_files_whose_head_is_not_what_they_say_are_refused(fields, message, tmp_path):

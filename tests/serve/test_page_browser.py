@@ -73,6 +73,7 @@ def visit(chromium, running, talker):
 
 def ask(shown, question, answers=1, state="done"):
     """Type and send a question and wait until as many answers to it are in `state`."""
+    expect(shown.locator("#send")).to_be_visible()  # nothing is sent while an answer comes
     shown.get_by_role("textbox", name=re.compile("Ask something|输入问题")).fill(question)
     shown.keyboard.press("Enter")
     turn = shown.locator("#turns > li").last

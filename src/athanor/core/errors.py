@@ -9,6 +9,7 @@
     ├── CheckpointError    a checkpoint or run folder that is damaged, foreign, or of another version
     ├── TrainingError      training that cannot go on
     │   └── NonFiniteLossError the loss or its gradient became inf or nan
+    ├── NonFiniteError     the model made inf or nan of a request
     ├── RequestError       a generation request out of range (the server answers 400)
     ├── VerificationError  a law of the house does not hold for this model
     └── MissingExtraError  an optional dependency is not installed

@@ -197,9 +197,14 @@ def same_logits(
 
 
 def readable(model: LanguageModel, ids: Sequence[int]) -> list[int]:
-    """`ids` without what other programs take for padding, and with the end of text that a head may read."""
+    """`ids` without what other programs take for padding, and with the end of text or the separators that a head may read."""
     special = model.token_ids
     out = [(0 if special.pad else 1) if id == special.pad else id for id in ids]
+    trunk: Any = model.trunk if isinstance(model, Headed) else model
+    if getattr(trunk, "global_tokens", "none") == "question":  # as in "<s> question </s></s> context </s>"
+        mark, places = trunk.config.sep_id, {1, 2, len(out) - 1} if len(out) > 3 else {len(out) - 1}
+        other = next(id for id in range(3) if id not in (mark, special.pad))
+        out = [mark if i in places else other if id == mark else id for i, id in enumerate(out)]
     if isinstance(model, Headed) and model.head.pools and model.kind == "encoder_decoder" and special.eos:
         out[-1] = special.eos[0]
     return out
@@ -241,8 +246,6 @@ def same_in_transformers(model: LanguageModel, folder: Path, quantised: bool, id
     named = (io.read_json(folder / "config.json").get("architectures") or ["none"])[0]
     if not hasattr(transformers, named):
         return skipped(f"transformers has no model {named!r}")
-    if (model.model_type, model.task) == ("longformer", "question"):
-        return skipped("there it looks everywhere from the question, which it knows by its separators, and the probe has none")
     logging.disable_progress_bar()
     logging.set_verbosity_error()
     theirs = getattr(transformers, named).from_pretrained(folder, dtype=torch.float32).eval()

@@ -216,7 +216,7 @@ def _rate(model: LanguageModel, path: str, context: int) -> float:
 
 
 def _landmarks(model: LanguageModel) -> bool:
-    """Whether a token of each sequence sees everything and is seen by all."""
+    """Whether a token of each sequence sees everything and is seen by all. How long questions are nobody knows: one counts."""
     return getattr(model.trunk if isinstance(model, Headed) else model, "global_tokens", "none") != "none"
 
 

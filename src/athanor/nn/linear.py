@@ -72,13 +72,19 @@ def _rows(x: Tensor, weight: Tensor, rows: int = _ROWS) -> int:
     return n if n % rows == 0 else _level(n) if _HALVED else 0
 
 
+def _shaped(rows: Tensor, x: Tensor) -> Tensor:
+    """The first of (N, O) for each row of x (..., I) -> (..., O), and no view, which nobody may change in place."""
+    first = rows if len(rows) * x.shape[-1] == x.numel() else rows[: x.numel() // x.shape[-1]]
+    out: Tensor = torch.ops.aten._unsafe_view(first, [*x.shape[:-1], rows.shape[1]])
+    return out
+
+
 def _multiply(x: Tensor, weight: Tensor, bias: Tensor | None, rows: int = 0) -> Tensor:
     """The product of oneDNN, given at least so many rows."""
     flat = x.reshape(-1, x.shape[-1])
     if len(flat) < rows:
         flat = F.pad(flat, (0, 0, 0, rows - len(flat)))
-    out: Tensor = _POINTWISE(flat, weight, bias, "none", [], "")
-    return out.resize_(*x.shape[:-1], weight.shape[0])
+    return _shaped(_POINTWISE(flat, weight, bias, "none", [], ""), x)
 
 
 def multiply(x: Tensor, weight: Tensor, rows: int = _ROWS) -> Tensor:
@@ -186,9 +192,8 @@ def product(x: Tensor, weight: Tensor, bias: Tensor | None) -> Tensor:
 
 
 def unviewed(x: Tensor, weight: Tensor, bias: Tensor | None) -> Tensor:
-    """`product` without a gradient, and no view of something: a Function's output that is one can't be changed in place."""
-    flat = product(x.reshape(-1, x.shape[-1]), weight, bias)
-    return flat.resize_(*x.shape[:-1], weight.shape[0])
+    """`product` without a gradient, and no view of something, for a Function to give."""
+    return _shaped(product(x.reshape(-1, x.shape[-1]), weight, bias), x)
 
 
 class _Product(torch.autograd.Function):

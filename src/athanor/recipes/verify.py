@@ -86,7 +86,7 @@ def verify(lm: LM, parallel: bool = False) -> list[Finding]:
     else:
         reason = f"the model is of the kind {model.kind!r}"
         findings += [Finding("L2", "cached and uncached", skipped=reason)]
-        findings += [laws.hidden_packed_is_separate(model, [s.ids for s in probes])]
+        findings += [laws.hidden_packed_is_separate(model, [laws.readable(model, s.ids) for s in probes])]
         findings += [Finding(law, what, skipped=reason) for law, what in (*LEARNT[1:], ("L6", "rollout and trainer"))]
     with tempfile.TemporaryDirectory() as folder:
         saved = lm.save(Path(folder, "saved"))

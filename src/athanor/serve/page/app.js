@@ -140,8 +140,9 @@ function askForKey() {
   $("door").showModal();
 }
 
-$("door").onclose = () => {
-  if ($("key").value) setKey($("key").value);
+// Not when the door has closed, which is told a moment later: a question may come before.
+$("door").firstElementChild.onsubmit = () => {
+  setKey($("key").value);
   ready = loadModels();
 };
 $("door").oncancel = (event) => event.preventDefault(); // nothing works without it
