@@ -18,7 +18,6 @@ import errno
 import inspect
 import json
 import os
-import re
 import sys
 import traceback
 import typing
@@ -34,7 +33,7 @@ from rich.text import Text
 
 import athanor
 from athanor.core import config as configs
-from athanor.core import plugins
+from athanor.core import io, plugins
 from athanor.core.errors import AthanorError, ConfigError, PluginError, nearest
 
 ROOM = "recipes"
@@ -83,9 +82,7 @@ def main(argv: Sequence[str] | None = None) -> int:
 def _system(error: OSError) -> str:
     """What the system refused, and the remedy."""
     what = error.strerror or str(error) or type(error).__name__
-    # What is written anew has another name until it is whole (core/io.py).
-    name = re.sub(r"(^|/)\.(?:lock|tmp-[0-9a-f]{8})-(?=[^/]+$)", r"\1", str(error.filename))
-    where = f"{name}: " if error.filename is not None else ""
+    where = f"{io.lasting_name(error.filename)}: " if error.filename is not None else ""
     full = error.errno in (errno.ENOSPC, errno.EDQUOT)
     return f"{where}{what}: {'free some room' if full else 'check the path'}, or choose another place"
 

@@ -1,3 +1,4 @@
+import fcntl
 import json
 import os
 import signal
@@ -426,31 +427,31 @@ def test_a_folders_name_is_gone_from_the_disk_before_its_files(tmp_path, monkeyp
 
 def test_one_writer_at_a_time(tmp_path):
     path = tmp_path / "new" / "box"
-    with io.sole_writer(path):
-        with pytest.raises(CheckpointError, match=r"another process is writing .*box: wait until it ends"), io.sole_writer(path):
+    with io.new_place(path):
+        with pytest.raises(CheckpointError, match=r"another process is writing .*box: wait until it ends"), io.new_place(path):
             raise AssertionError
-        with io.sole_writer(tmp_path / "new" / "other"):
+        with io.new_place(tmp_path / "new" / "other"):
             pass
     assert list(path.parent.iterdir()) == []
     (path.parent / ".lock-box").touch()  # of a killed writer
-    with io.sole_writer(path):
+    with io.new_place(path):
         pass
     assert list(path.parent.iterdir()) == []
 
 
 def test_a_lock_on_a_file_that_is_gone_is_none(tmp_path, monkeypatch):
     """The last owner removes the file between our opening it and our locking it."""
-    lock, true = tmp_path / ".lock-box", io.fcntl.flock
+    lock, true = tmp_path / ".lock-box", fcntl.flock
 
     def late(descriptor, how):
-        monkeypatch.setattr(io.fcntl, "flock", true)
+        monkeypatch.setattr(fcntl, "flock", true)
         lock.unlink()
         true(descriptor, how)
 
-    monkeypatch.setattr(io.fcntl, "flock", late)
-    with io.sole_writer(tmp_path / "box"):
+    monkeypatch.setattr(fcntl, "flock", late)
+    with io.new_place(tmp_path / "box"):
         assert lock.exists()
-        with pytest.raises(CheckpointError, match="another process is writing"), io.sole_writer(tmp_path / "box"):
+        with pytest.raises(CheckpointError, match="another process is writing"), io.new_place(tmp_path / "box"):
             raise AssertionError
 
 

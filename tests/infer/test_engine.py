@@ -453,7 +453,10 @@ def test_a_step_of_any_optimiser_makes_weights_new(tiny, engine, prompts, reques
     """PyTorch's fused kernels do not count what they change."""
     model, prompt = tiny(seed=1), (prompts[3] * 8)[:60]
     shared = engine(model=model, precision=precision)
-    ask = lambda who: who.generate([request_of("x", prompt, temperature=0, max_tokens=8)])[0]  # noqa: E731
+
+    def ask(who):
+        return who.generate([request_of("x", prompt, temperature=0, max_tokens=8)])[0]
+
     first = ask(shared)
     assert ask(shared).cached == 48
     model(torch.tensor([prompt])).square().sum().backward()
@@ -467,7 +470,10 @@ def test_what_balances_experts_makes_answers_new(request_of):
     """A buffer, not a parameter; what only counts tokens is no reason to forget."""
     model = random_model("deepseek_v3", deepseek_v3.PRESETS["tiny"])
     shared, prompt = Engine(model, Letters(model.config.vocab_size)), [3 + i % 50 for i in range(60)]
-    ask = lambda: shared.generate([request_of("x", prompt, temperature=0, max_tokens=8)])[0].cached  # noqa: E731
+
+    def ask():
+        return shared.generate([request_of("x", prompt, temperature=0, max_tokens=8)])[0].cached
+
     assert (ask(), ask()) == (0, 48)
     with torch.no_grad():
         model.train()(torch.tensor([prompt]))
@@ -490,7 +496,10 @@ def test_a_model_that_was_loaded_is_packed_too(tiny, tokenizer, engine, prompts,
 @torch.inference_mode()
 def test_a_model_that_was_made_in_inference_mode_answers(tiny, engine, prompts, request_of):
     """PyTorch counts nothing of such tensors."""
-    ask = lambda model: engine(model=model, precision="bf16").generate([request_of("x", prompts[3], temperature=0)])[0].ids  # noqa: E731
+
+    def ask(model):
+        return engine(model=model, precision="bf16").generate([request_of("x", prompts[3], temperature=0)])[0].ids
+
     made = tiny(seed=1)
     assert made.output_weight.is_inference()
     with torch.inference_mode(False):

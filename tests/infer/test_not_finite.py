@@ -82,7 +82,7 @@ def test_others_are_answered_as_if_it_were_not_there(name, preset, options, prec
 
 
 def test_a_token_of_an_answer_may_be_the_one():
-    """Here the model says it itself, after three good ones."""
+    """Here the model says it itself, and reads it next."""
     whole, other = broken("llama", value=float("inf"))
     letters, prompt = Letters(whole.config.vocab_size), texts()[0]
     say = request(0, prompt, logit_bias=((BAD, 1e4),), max_tokens=6)

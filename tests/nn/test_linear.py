@@ -79,11 +79,14 @@ def test_what_comes_out_may_be_changed_in_place(make, precision, bias):
 
 
 @given(st.integers(1, 1 << 14))
-def test_few_numbers_of_rows_have_code(n):
-    level = module._level(n)
-    assert n <= level <= n + max(15, n // 8) and module._level(level) == level
-    assert level == n or n > 16
-    assert len({module._level(i) for i in range(1, 4097)}) < 64
+def test_rows_are_filled_up_by_few(n):
+    filled = module._coarse(n)
+    assert n <= filled <= n + max(15, n // 8) and module._coarse(filled) == filled
+    assert filled == n or n > 16
+
+
+def test_few_numbers_of_rows_have_code():
+    assert len({module._coarse(n) for n in range(1, 4097)}) < 64
 
 
 @here

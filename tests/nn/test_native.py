@@ -126,15 +126,13 @@ def test_silu_is_exact_to_a_few_units_in_the_last_place():
 @needs_fp32
 @pytest.mark.parametrize("dtype", DTYPES)
 def test_silu_of_what_is_far_below_zero_is_zero(dtype):
-    x = torch.tensor([-100.0, -1e3, -1e30, -1e36, -1e38, -3e38, 3e38, -torch.inf]).to(dtype)
+    x = torch.tensor([-100.0, -1e3, -1e30, -1e36, -1e38, -3e38, 3e38]).to(dtype)
     rows = torch.zeros(len(x), 32, dtype=dtype)
     rows[:, 0], rows[:, 1] = x, 1
     up, down = torch.zeros(1, 32, 32, dtype=dtype), torch.zeros(1, 32, 16, dtype=dtype)
     up[0, 0, 0] = up[0, 16, 1] = down[0, 0, 0] = 1
-    rows[-1, 0] = -3e38
-    up[0, 0, 1] = 0
     y = native.experts(rows, torch.tensor([len(x)], dtype=torch.int32), up, down, "silu", False)[1][:, 0]
-    assert y[:6].abs().max() < 1e-30 and y[6] == rows[6, 0] and y[7].abs() < 1e-30
+    assert y[:6].abs().max() < 1e-30 and y[6] == rows[6, 0]
 
 
 @needs_fp32

@@ -58,7 +58,7 @@ def test_what_is_there_already_stays(run, tmp_path):
 def test_two_imports_to_one_place(run, tmp_path, monkeypatch):
     """The second is refused while the first writes, and when the first was done after the second had looked."""
     made(("llama", "tiny"), tmp_path / "theirs")
-    with io.sole_writer(tmp_path / "ours"):
+    with io.new_place(tmp_path / "ours"):
         status, _, err = run(tmp_path / "theirs", "--out", tmp_path / "ours")
     assert status == 1
     assert f"another process is writing {tmp_path / 'ours'}: wait until it ends, or name another place" in err

@@ -241,8 +241,8 @@ def test_an_answer_can_be_copied(visit):
 
 
 def test_where_nothing_can_be_copied_the_answer_is_selected(visit):
-    shown = visit()
-    shown = visit(shown.url.replace("127.0.0.1", PLAIN))  # as over a network: no HTTPS, so no clipboard
+    trusted = visit()
+    shown = visit(trusted.url.replace("127.0.0.1", PLAIN))  # as over a network: no HTTPS, so no clipboard
     assert shown.evaluate("[isSecureContext, navigator.clipboard === undefined]") == [False, True]
     turn = ask(shown, "html")
     turn.get_by_role("button", name="Copy the answer").click()

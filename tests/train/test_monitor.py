@@ -245,7 +245,6 @@ import torch
 import torch.distributed as td
 from torch.distributed.fsdp import fully_shard
 from athanor.models import io as models
-from athanor.nn import linear
 from athanor.core import plugins
 from athanor.train.monitor import Monitor
 from athanor.train.parallel.base import Alone

@@ -1,13 +1,12 @@
 """Files that are never half there: atomic writes, JSON, hashes and safetensors.
 
-One writer per path is assumed; `sole_writer` sees to it where a user may start two. A temporary sibling is named
+One writer per path is assumed; `new_place` sees to it where a user may start two. A temporary sibling is named
 `.tmp-XXXXXXXX-NAME`, a folder about to be replaced `.old-XXXXXXXX-NAME`; both are left behind only by a killed writer, and
 `recover` puts them right.
 """
 
 from __future__ import annotations
 
-import fcntl
 import hashlib
 import json
 import math
@@ -20,7 +19,7 @@ from contextlib import contextmanager
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
-from athanor.core.errors import CheckpointError
+from athanor.core.errors import CheckpointError, ConfigError
 
 if TYPE_CHECKING:
     import torch
@@ -64,6 +63,11 @@ def _sync_tree(folder: Path) -> None:
         _sync(Path(root))
 
 
+def lasting_name(path: PathLike) -> str:
+    """The name that a file written here is to have: while it is made, and while it is locked, it has another."""
+    return re.sub(r"(^|/)\.(?:lock|tmp-[0-9a-f]{8})-(?=[^/]+$)", r"\1", str(path))
+
+
 def _remove(path: Path) -> None:
     if path.is_dir() and not path.is_symlink():
         shutil.rmtree(path)
@@ -95,41 +99,35 @@ def recover(path: PathLike) -> None:
 
 
 @contextmanager
-def sole_writer(path: PathLike) -> Iterator[None]:
-    """Keep other processes that ask for the same from writing `path` until the block ends; a killed one keeps nobody out.
+def new_place(path: PathLike) -> Iterator[None]:
+    """Nothing is at `path`, and no other process that asks for the same makes anything there until the block ends.
 
-    The lock is on a file beside `path`, `.lock-NAME`, which is removed in the end.
+    The lock is on a file beside it, `.lock-NAME`, which is removed in the end; that of a killed process keeps nobody out.
 
-    Raises CheckpointError when another process writes `path`.
+    Raises ConfigError when something is there, and CheckpointError when another process writes it.
     """
+    from filelock import FileLock, Timeout
+
     path = Path(path)
+    check_new(path)
     path.parent.mkdir(parents=True, exist_ok=True)
-    lock = path.with_name(f".lock-{path.name}")
-    descriptor = _locked(lock)
-    if descriptor is None:
-        raise CheckpointError(f"another process is writing {path}: wait until it ends, or name another place")
+    lock = FileLock(path.with_name(f".lock-{path.name}"))
     try:
+        lock.acquire(timeout=0)
+    except Timeout as error:
+        raise CheckpointError(f"another process is writing {path}: wait until it ends, or name another place") from error
+    try:
+        check_new(path)  # once more: who had the lock may have made it since
         yield
     finally:
-        lock.unlink(missing_ok=True)
-        os.close(descriptor)
+        Path(lock.lock_file).unlink(missing_ok=True)  # whoever waits for it sees that it is gone
+        lock.release()
 
 
-def _locked(lock: Path) -> int | None:
-    """A descriptor of the file `lock`, made when it is missing, with the lock on it; None where another process has that."""
-    while True:
-        descriptor = os.open(lock, os.O_RDWR | os.O_CREAT)
-        try:
-            fcntl.flock(descriptor, fcntl.LOCK_EX | fcntl.LOCK_NB)
-            if lock.exists() and os.path.samestat(os.fstat(descriptor), lock.stat()):
-                return descriptor
-        except BlockingIOError:
-            os.close(descriptor)
-            return None
-        except BaseException:
-            os.close(descriptor)
-            raise
-        os.close(descriptor)  # of a file that its last owner removed in the meantime
+def check_new(path: PathLike) -> None:
+    """Raises ConfigError when something is at `path`, be it a link to nothing."""
+    if os.path.lexists(path):
+        raise ConfigError(f"out ({path}) exists already: name another, or remove it")
 
 
 @contextmanager

@@ -112,7 +112,7 @@ class Engine:
         self._packed = holdings.products(model) if packed and precision == "bf16" else []
         if compile:
             self.runner.compile(self.max_len)
-        self._counted, self.guesser = tuple(holdings.lasting(model)), guesser
+        self._counted, self.guesser = holdings.lasting(model), guesser
         if isinstance(guesser, Draft):
             guesser.attach(blocks.count + 1, BLOCK, max_batch, self.vocab_size, self.max_len)
         elif isinstance(guesser, Heads):
@@ -309,13 +309,13 @@ class Engine:
             right = 0
             while right < len(guesses) and tokens[first + right] == guesses[right]:
                 right += 1
-            if math.isnan(sum(logprobs[first : first + right + 1])):
+            made = slice(first, first + right + 1)
+            if math.isnan(sum(logprobs[made])):
                 self._spoilt(s, f"logits after token {s.length - 1}")
-                first += len(guesses) + 1
-                continue
-            self._append(s, logits, first, tokens[first : first + right + 1], logprobs[first : first + right + 1])
-            self._counts.guesses += len(guesses)
-            self._counts.right_guesses += right
+            else:
+                self._append(s, logits, first, tokens[made], logprobs[made])
+                self._counts.guesses += len(guesses)
+                self._counts.right_guesses += right
             first += len(guesses) + 1
 
     def _append(self, s: Sequence, logits: Tensor, first: int, tokens: list[int], logprobs: list[float]) -> None:
@@ -340,8 +340,7 @@ class Engine:
     def _spoilt(self, s: Sequence, what: str) -> None:
         """End an answer of which the model made numbers that are not finite; nobody is to read its blocks."""
         self.runner.clear(s.table[s.chain.blocks :], s.slot or 0)
-        s.finish_reason, s.spoilt, s.draft = "abort", True, []
-        s.error = what
+        s.finish_reason, s.error, s.spoilt, s.draft = "abort", what, True, []
 
     @staticmethod
     def _formed(s: Sequence, form: constrained.Constraint) -> bool:

@@ -2,8 +2,6 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterator
-
 import torch
 from torch import Tensor
 
@@ -27,14 +25,14 @@ def longest(model: CausalLM | EncoderDecoder, context: int, precision: Precision
     return context if fitting is None else max(2, min(context, fitting))
 
 
-def lasting(model: CausalLM | EncoderDecoder) -> Iterator[Tensor]:
+def lasting(model: CausalLM | EncoderDecoder) -> tuple[Tensor, ...]:
     """What answers are made of: parameters, and buffers that files hold; others count what passes through.
 
     PyTorch does not count changes of what was made in inference mode.
     """
     kept = model.state_dict(keep_vars=True)
     tensors = [*model.parameters(), *(buffer for name, buffer in model.named_buffers() if name in kept)]
-    return (tensor for tensor in tensors if not tensor.is_inference())
+    return tuple(tensor for tensor in tensors if not tensor.is_inference())
 
 
 def products(model: CausalLM | EncoderDecoder) -> list[Tensor]:

@@ -14,12 +14,15 @@ TOKENS = ("bos_token_id", "eos_token_id", "pad_token_id", "decoder_start_token_i
 
 
 def fields_of(ids: TokenIds) -> dict[str, Any]:
+    """As fields of config.json, those that there are."""
     eos = ids.eos[0] if len(ids.eos) == 1 else list(ids.eos) or None
     fields = dict(zip(TOKENS, (ids.bos, eos, ids.pad, ids.decoder_start, ids.forced_bos), strict=True))
     return {name: value for name, value in fields.items() if value is not None}
 
 
 def read(fields: Mapping[str, Any]) -> TokenIds:
+    """From fields of config.json. Raises CheckpointError for what is no token id."""
+
     def one(name: str) -> int | None:
         value = fields.get(name)
         if value is None or (isinstance(value, int) and not isinstance(value, bool) and value >= 0):

@@ -103,6 +103,10 @@ class Fields:
             raise CheckpointError(f"config.json: {name} is {value} and must be at most {most}: copy it again")
         return value
 
+    def int_or_none(self, name: str, default: Any) -> Any:
+        """A whole number, or None where the field is null; `default` where it is absent."""
+        return self.int(name, None) if name in self._values else default
+
     def count(self, name: str, default: Any = _MISSING) -> Any:
         """How many layers, heads or experts there are."""
         return self.int(name, default, most=_MANY)

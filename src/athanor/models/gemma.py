@@ -120,7 +120,7 @@ class Config(decoder.Layered):
         if every < 1:
             raise CheckpointError(f"config.json: sliding_window_pattern is {every} and must be at least 1: 6 is usual")
         kinds = decoder.layers_of(fields, tuple(SLIDING if (i + 1) % every else FULL for i in range(n)))
-        window = fields.int("sliding_window", None) if "sliding_window" in values else 4096
+        window = fields.int_or_none("sliding_window", 4096)
         return cls(
             **shape,
             window=window if SLIDING in kinds else None,

@@ -204,7 +204,7 @@ class Headed(LanguageModel):
         self.config, self.task = trunk.config, head.task
         self.model_type, self.kind = trunk.model_type, trunk.kind  # type: ignore[misc]  # of a class, but here of its trunk
         self.renamed = trunk.renamed  # type: ignore[misc]
-        self.exact, self.float16 = trunk.exact, trunk.float16  # type: ignore[misc]
+        self.exact, self.float16 = trunk.exact, trunk.float16  # type: ignore[misc]  # likewise
         self.idle = tuple("trunk." + pattern for pattern in trunk.idle)  # type: ignore[misc]
         self._prefixes = trunk.prefix, trunk.prefix if self._names.prefix is None else self._names.prefix
         moved = re.escape(self._prefixes[1])

@@ -143,22 +143,19 @@ def read_config(folder: Path) -> dict[str, Any]:
     return fields
 
 
-def _config(module: ModuleType, fields: Mapping[str, Any], folder: Path) -> Any:
+def _config(module: ModuleType, fields: Mapping[str, Any]) -> Any:
+    if module.Model.kind in ("decoder", "encoder_decoder"):
+        Fields(fields, fields["model_type"]).only("is_causal", True)  # false makes any decoder of transformers see ahead
+    weights = fields.get("transformers_weights")
+    if weights not in (None, WEIGHTS):
+        raise CheckpointError(
+            f"config.json: transformers_weights is {weights!r}, and weights are read from {WEIGHTS}: rename the file, and leave"
+            " the field out"
+        )
     try:
-        if module.Model.kind in ("decoder", "encoder_decoder"):
-            Fields(fields, fields["model_type"]).only("is_causal", True)  # false makes any decoder of transformers see ahead
-        weights = fields.get("transformers_weights")
-        if weights not in (None, WEIGHTS):
-            raise CheckpointError(
-                f"config.json: transformers_weights is {weights!r}, and weights are read from {WEIGHTS}: rename the file, and"
-                " leave the field out"
-            )
         return module.Config.from_hf(fields)
-    except CheckpointError as error:
-        raise CheckpointError(f"{folder}/{error}") from error
     except ConfigError as error:
-        kind = fields["model_type"]
-        raise CheckpointError(f"{folder}/config.json does not describe a {kind} ({error}): copy it again") from error
+        raise CheckpointError(f"config.json does not describe a {fields['model_type']} ({error}): copy it again") from error
 
 
 def load(
@@ -214,7 +211,8 @@ def _open(
         module = architecture(fields["model_type"])
     except PluginError as error:
         raise CheckpointError(f"{folder}/config.json: {error}") from error
-    config = _config(module, fields, folder)
+    with _config_of(folder):
+        config = _config(module, fields)
     try:
         model: LanguageModel = build(fields["model_type"], config)
     except RuntimeError as error:  # torch's, of a tensor whose bytes are more than it can count

@@ -25,7 +25,7 @@ class Config(decoder.Windowed):
         fields = Fields(values, "mistral")
         fields.only("hidden_act", "silu")
         fields.only("layer_types", None)
-        window = fields.int("sliding_window", None) if "sliding_window" in values else 4096
+        window = fields.int_or_none("sliding_window", 4096)
         return cls(**decoder.common(fields, 131072), window=window)
 
 

@@ -29,7 +29,7 @@ class Config(decoder.Layered):
         fields = Fields(values, "qwen2")
         fields.only("hidden_act", "silu")
         shape = decoder.common(fields, 32768)
-        return cls(**shape, **windows(fields, values, shape["n_layers"]))
+        return cls(**shape, **windows(fields, shape["n_layers"]))
 
 
 def window_fields(config: decoder.Layered) -> dict[str, Any]:
@@ -43,17 +43,15 @@ def window_fields(config: decoder.Layered) -> dict[str, Any]:
     }
 
 
-def window_of(fields: Fields, values: Mapping[str, Any]) -> int | None:
-    """The window of all Qwens; null is none, and an absent field is that of transformers."""
-    if not fields.bool("use_sliding_window", False):
-        return None
-    window: int | None = fields.int("sliding_window", None) if "sliding_window" in values else 4096
+def window_of(fields: Fields) -> int | None:
+    """The window of all Qwens."""
+    window: int | None = fields.int_or_none("sliding_window", 4096) if fields.bool("use_sliding_window", False) else None
     return window
 
 
-def windows(fields: Fields, values: Mapping[str, Any], n_layers: int) -> dict[str, Any]:
+def windows(fields: Fields, n_layers: int) -> dict[str, Any]:
     """The arguments of `decoder.Layered` from those fields; files from before `layer_types` name the first layer that slides."""
-    window = window_of(fields, values)
+    window = window_of(fields)
     first = n_layers if window is None else fields.int("max_window_layers", 28)
     kinds = decoder.layers_of(fields, tuple(SLIDING if layer >= first else FULL for layer in range(n_layers)))
     return {"window": window, "layer_types": kinds}

@@ -37,7 +37,7 @@ class Config(decoder.Layered):
         fields.only("hidden_act", "silu")
         shape = decoder.common(fields, 32768) | {"head_dim": fields.width("head_dim", 128)}
         bias = fields.bool("attention_bias", False)
-        return cls(**shape, **windows(fields, values, shape["n_layers"]), attention_bias=bias)
+        return cls(**shape, **windows(fields, shape["n_layers"]), attention_bias=bias)
 
 
 _TINY = Config(320, 32, 2, 4, 2, 48, 128, 1_000_000.0, 1e-6, head_dim=16)

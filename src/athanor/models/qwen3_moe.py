@@ -88,7 +88,7 @@ class Config(decoder.Windowed):
             raise CheckpointError(f"config.json: mlp_only_layers is {dense!r} and must be a list of layers: copy it again")
         return cls(
             **decoder.common(fields, 32768),
-            window=window_of(fields, values),
+            window=window_of(fields),
             attention_bias=fields.bool("attention_bias", False),
             n_experts=fields.count("num_experts", 128),
             top_k=fields.int("num_experts_per_tok", 8),

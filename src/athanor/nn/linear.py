@@ -56,7 +56,7 @@ def pays(x: Tensor, dtype: torch.dtype) -> bool:
     )
 
 
-def _level(n: int) -> int:
+def _coarse(n: int) -> int:
     """n, filled up to one of the numbers of rows that code is made for: all up to 16, then at most an eighth more than n."""
     step = 1 if n <= 16 else max(16, 1 << (n.bit_length() - 4))
     return -(-n // step) * step
@@ -69,7 +69,7 @@ def _rows(x: Tensor, weight: Tensor, rows: int = _ROWS) -> int:
     if type(weight) not in (Tensor, nn.Parameter):  # of a kind that knows its own product
         return 0
     n = x.numel() // x.shape[-1]
-    return n if n % rows == 0 else _level(n) if _HALVED else 0
+    return n if n % rows == 0 else _coarse(n) if _HALVED else 0
 
 
 def _shaped(rows: Tensor, x: Tensor) -> Tensor:
@@ -157,14 +157,9 @@ _LIBRARY.define("product(Tensor x, Tensor weight, Tensor? bias) -> Tensor")
 
 
 def _own(x: Tensor, weight: Tensor, bias: Tensor | None) -> Tensor:
-    """The product in the dtype of x."""
-    bias = None if bias is None else bias.to(x.dtype)
-    ready = _packed(x, weight)
-    if ready is not None:
-        return _multiply(x.contiguous(), ready, bias)
-    weight = weight.to(x.dtype)
-    rows = _rows(x, weight)
-    return _multiply(x.contiguous(), weight, bias, rows) if rows else F.linear(x, weight, bias)
+    """The product in the dtype of x. What is packed is known by the weight itself, whatever its dtype."""
+    same = weight if _packed(x, weight) is not None else weight.to(x.dtype)
+    return product(x, same, None if bias is None else bias.to(x.dtype))
 
 
 _LIBRARY.impl("product", _own, "CPU")

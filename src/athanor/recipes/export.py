@@ -6,7 +6,6 @@ athanor export runs/first --to gguf --kind q8_0
 
 from __future__ import annotations
 
-import os
 import tempfile
 from contextlib import redirect_stderr
 from dataclasses import dataclass
@@ -58,9 +57,7 @@ def main(config: Config) -> None:
     kind = config.kind or "f16"
     suffix = f"-{kind}.gguf" if config.to == "gguf" else "-hf"
     out = config.out or lm.path.parent / (lm.path.name + suffix)
-    with io.sole_writer(out):
-        if os.path.lexists(out):
-            raise ConfigError(f"out ({out}) exists already: name another, or remove it")
+    with io.new_place(out):
         if config.to == "hf":
             _hugging_face(lm, out)
         else:

@@ -9,7 +9,6 @@ Every tensor must have its place, and every setting its meaning: what this versi
 
 from __future__ import annotations
 
-import os
 import shlex
 import tempfile
 from contextlib import ExitStack
@@ -57,7 +56,7 @@ def main(config: Config) -> None:
     out = config.out or Path("runs", source.stem if is_file else source.resolve().name)
     if source.exists() and out.resolve() == source.resolve():
         raise ConfigError(f"out ({out}) is the source itself, which would be lost: name a new folder")
-    _check_new(out)
+    io.check_new(out)  # before anything is fetched
     with ExitStack() as stack:
         if is_file:
             folder = Path(stack.enter_context(tempfile.TemporaryDirectory()))
@@ -68,15 +67,9 @@ def main(config: Config) -> None:
             folder = hub.fetch(config.source, config.revision, pickled=config.pickled)
         lm = load(folder, dtype=DTYPES[config.dtype] if config.dtype else None, pickled=config.pickled)
         lm.path = None
-        with io.sole_writer(out):
-            _check_new(out)  # once more: another import may have made it since
+        with io.new_place(out):
             lm.save(out, parent=None, source=config.source if not source.exists() else source.name)
     _show(load(out), out)
-
-
-def _check_new(out: Path) -> None:
-    if os.path.lexists(out):
-        raise ConfigError(f"out ({out}) exists already: name another, or remove it")
 
 
 def _unpack(source: Path, vocabulary: Path | None, folder: Path) -> None:

@@ -150,11 +150,9 @@ def _wrong(completion: Completion | None) -> AthanorError | None:
     """What became of a request that could not be answered."""
     if completion is None or completion.error is None:
         return None
-    return (
-        EngineFailedError(str(NonFiniteError(completion.error)))
-        if completion.spoilt
-        else RequestError(completion.error, "response_format")
-    )
+    if completion.spoilt:
+        return EngineFailedError(str(NonFiniteError(completion.error)))
+    return RequestError(completion.error, "response_format")
 
 
 class Worker:
